@@ -1,0 +1,228 @@
+#pragma once
+#include <math.h>
+
+#include "cpu/absent_filter.inl"
+#include "cpu/absent_tiles.inl"
+#include "cpu/call.h"
+#include "cpu/scratch.h"
+
+namespace ilnas {
+namespace ILNAS_ISA {
+namespace {
+
+// The weight [out_channels, in_per_group * taps] cut into tiles of whole kernels by outputs, group by group.
+struct TilePlan {
+  // Whole panels in every instruction set, so that outputs of a tile begin at a multiple of the widest vector.
+  static constexpr int64_t panel_outputs = 48;
+  static constexpr int64_t widest_columns = 576, widest_outputs = 528;
+
+  int64_t taps, in_per_group, out_per_group, cols;
+  int64_t channels_at_once, outputs_at_once, channel_tiles, output_tiles, tiles;
+
+  static TilePlan of(const Conv2dShape& s, int64_t threads) {
+    TilePlan t{};
+    t.taps = s.kernel_height * s.kernel_width;
+    t.in_per_group = s.in_channels / s.groups, t.out_per_group = s.out_channels / s.groups;
+    t.cols = t.in_per_group * t.taps;
+    if (t.cols == 0 || t.out_per_group == 0) return t;
+    t.output_tiles = (t.out_per_group + widest_outputs - 1) / widest_outputs;
+    t.outputs_at_once = (t.out_per_group + t.output_tiles - 1) / t.output_tiles;
+    if (t.output_tiles > 1) t.outputs_at_once = (t.outputs_at_once + panel_outputs - 1) / panel_outputs * panel_outputs;
+    const int64_t most_channels = t.taps < widest_columns ? widest_columns / t.taps : 1;
+    t.channel_tiles = (t.in_per_group + most_channels - 1) / most_channels;
+    // Few tiles are dealt out evenly. How a weight's own sum is taken does not depend on its tile.
+    const int64_t others = s.groups * t.output_tiles;
+    while (t.channel_tiles < t.in_per_group && others * t.channel_tiles < 8 * threads &&
+           others * t.channel_tiles % threads != 0)
+      ++t.channel_tiles;
+    t.channels_at_once = (t.in_per_group + t.channel_tiles - 1) / t.channel_tiles;
+    t.channel_tiles = (t.in_per_group + t.channels_at_once - 1) / t.channels_at_once;
+    t.tiles = others * t.channel_tiles;
+    return t;
+  }
+  Tile tile(int64_t number) const {
+    const int64_t group = number / (output_tiles * channel_tiles);
+    const int64_t output = number / channel_tiles % output_tiles * outputs_at_once;
+    const int64_t channel = number % channel_tiles * channels_at_once;
+    const int64_t outputs = out_per_group - output, channels = in_per_group - channel;
+    return {group * out_per_group + output, outputs < outputs_at_once ? outputs : outputs_at_once,
+            group * in_per_group + channel, channels < channels_at_once ? channels : channels_at_once};
+  }
+};
+
+// Calls f(output in tile, column in tile) of every blocked position of a tile.
+template <class F>
+void for_each_blocked(const TilePlan& t, const PatternView& blocked, const Tile& tile, const F& f) {
+  const int64_t first = tile.channel % t.in_per_group * t.taps, last = first + tile.channels * t.taps;
+  for (int64_t o = 0; o < tile.outputs; ++o) {
+    int64_t low = blocked.row_ptr[tile.output + o], high = blocked.row_ptr[tile.output + o + 1];
+    const int64_t end = high;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (blocked.col[middle] < first)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    for (int64_t j = low; j < end && blocked.col[j] < last; ++j) f(o, blocked.col[j] - first);
+  }
+}
+
+inline const float* as_floats(const float* sums, int64_t, float*) { return sums; }
+inline const float* as_floats(const double* sums, int64_t count, float* floats) {
+  for (int64_t i = 0; i < count; ++i) floats[i] = static_cast<float>(sums[i]);
+  return floats;
+}
+
+// Every absent weight of a tile is a candidate.
+template <class A>
+void offer_weights(const TilePlan& t, const PatternView& blocked, const Tile& tile, const TileMemory<A>& memory,
+                   float* floats, uint16_t* marks, Candidates* candidates) {
+  const int64_t columns = tile.channels * t.taps, width = marks_of(tile.outputs);
+  for (int64_t i = 0; i < columns * width; ++i) marks[i] = 0;
+  for_each_blocked(t, blocked, tile, [&](int64_t o, int64_t column) { mark(marks + column * width, o); });
+  const int64_t col = tile.channel % t.in_per_group * t.taps;
+  for (int64_t column = 0; column < columns; ++column) {
+    candidates->read_threshold();
+    candidates->offer(as_floats(memory.sums + column * memory.step, tile.outputs, floats), marks + column * width,
+                      tile.outputs, tile.output * t.cols + col + column, t.cols);
+  }
+}
+
+// Every kernel with an absent tap is a candidate, scored by the root mean square over its absent taps.
+template <class A>
+void offer_kernels(const TilePlan& t, const PatternView& blocked, const Tile& tile, const TileMemory<A>& memory,
+                   float* scores, int32_t* taken, uint16_t* marks, Candidates* candidates) {
+  for (int64_t i = 0; i < tile.channels * memory.step; ++i) taken[i] = 0;
+  for_each_blocked(t, blocked, tile, [&](int64_t o, int64_t column) {
+    memory.sums[column * memory.step + o] = 0;
+    ++taken[column / t.taps * memory.step + o];
+  });
+  for (int64_t c = 0; c < tile.channels; ++c) {
+    for (int64_t i = 0; i < marks_of(tile.outputs); ++i) marks[i] = 0;
+    for (int64_t o = 0; o < tile.outputs; ++o) {
+      double squares = 0;
+      for (int64_t tap = 0; tap < t.taps; ++tap) {
+        const double g = memory.sums[(c * t.taps + tap) * memory.step + o];
+        squares += g * g;
+      }
+      const int64_t absent = t.taps - taken[c * memory.step + o];
+      scores[o] = absent ? static_cast<float>(sqrt(squares / static_cast<double>(absent))) : 0.0f;
+      if (absent == 0) mark(marks, o);
+    }
+    candidates->read_threshold();
+    candidates->offer(scores, marks, tile.outputs, tile.output * t.in_per_group + tile.channel % t.in_per_group + c,
+                      t.in_per_group);
+  }
+}
+
+void write_best(BestKeys& best, const TopkQuery& q) {
+  const uint64_t* keys;
+  const int64_t found = best.finish(&keys);
+  for (int64_t i = 0; i < q.k; ++i) {
+    q.index[i] = i < found ? index_of(keys[i]) : -1;
+    q.grad[i] = i < found ? score_of(keys[i]) : 0.0f;
+  }
+}
+
+// A threshold that about 1.5 k candidates reach, guessed from a sample of the gradient spread over the whole weight; 0
+// where a guess would not pay. Without one the threshold rises from nothing, and several times k candidates pass it.
+template <class S>
+uint64_t guess_threshold(const Conv2dShape& s, const PatternView& blocked, const ImageView& grad_out,
+                         const ImageView& x, const TopkQuery& q, const TilePlan& t, const ChunkPlan& chunks) {
+  constexpr int64_t sample_outputs = 96, sample_columns = 288, least_share = 64, least_rank = 16;
+  const int64_t weights = s.out_channels * t.cols;
+  if (q.by_kernel || s.groups > 1 || t.taps > sample_columns || s.out_channels < sample_outputs) return 0;
+  int64_t channels = sample_columns / t.taps;
+  if (channels > t.channels_at_once) channels = t.channels_at_once;
+  const int64_t sample = sample_outputs * channels * t.taps;
+  if (sample * least_share > weights || q.k * sample < least_rank * weights || q.k > (weights - blocked.nnz) / 4)
+    return 0;
+  const int64_t output_spread = s.out_channels / sample_outputs, channel_spread = s.in_channels / channels;
+  ImageView spread_x = x, spread_grad = grad_out;
+  spread_x.channel_stride *= channel_spread, spread_grad.channel_stride *= output_spread;
+  TileMemory<Sum<S>> memory(chunks, sample_outputs, channels, t.taps);
+  Scratch scratch(memory.bytes());
+  memory.take_from(scratch.take<char>(memory.bytes()));
+  compute_tile<S>(s, chunks, spread_x, spread_grad, {0, sample_outputs, 0, channels}, memory);
+  constexpr int64_t width = sample_outputs / filter_lanes;
+  uint16_t marks[sample_columns * width] = {};
+  for (int64_t o = 0; o < sample_outputs; ++o)
+    for (int64_t j = blocked.row_ptr[o * output_spread]; j < blocked.row_ptr[o * output_spread + 1]; ++j) {
+      const int64_t c = blocked.col[j] / t.taps;
+      if (c % channel_spread == 0 && c / channel_spread < channels)
+        mark(marks + (c / channel_spread * t.taps + blocked.col[j] % t.taps) * width, o);
+    }
+  const double expected = double(q.k) * double(sample) / double(weights);
+  const int64_t rank = static_cast<int64_t>(1.25 * expected + 4 * sqrt(expected)) + 8;
+  BestKeys best(rank, 0);
+  Candidates candidates(&best);
+  float floats[sample_outputs];
+  for (int64_t column = 0; column < channels * t.taps; ++column)
+    candidates.offer(as_floats(memory.sums + column * memory.step, sample_outputs, floats), marks + column * width,
+                     sample_outputs, column * sample_outputs, 1);
+  candidates.flush();
+  const uint64_t* keys;
+  return best.finish(&keys) < rank ? 0 : least_key(fabsf(score_of(keys[rank - 1])));
+}
+
+// Offers every absent candidate to `best`.
+template <class S>
+void rank_absent(const Conv2dShape& s, const PatternView& blocked, const ImageView& grad_out, const ImageView& x,
+                 const TopkQuery& q, const TilePlan& t, const ChunkPlan& chunks, BestKeys* best,
+                 const Parallel& parallel) {
+  using A = Sum<S>;
+  const int64_t threads = parallel.threads;
+  const TileMemory<A> sizes(chunks, t.outputs_at_once, t.channels_at_once, t.taps);
+  const int64_t taken_size = q.by_kernel ? t.channels_at_once * sizes.step : 0;
+  const int64_t marks_size = sizes.columns * marks_of(t.outputs_at_once);
+  Scratch scratch(threads * (sizes.bytes() + Scratch::size<int32_t>(taken_size) + Scratch::size<float>(sizes.step) +
+                             Scratch::size<uint16_t>(marks_size) + Scratch::size<int64_t>(1)));
+  char* memory = scratch.take<char>(threads * sizes.bytes());
+  int32_t* taken = scratch.take<int32_t>(taken_size * threads);
+  float* scores = scratch.take<float>(sizes.step * threads);
+  uint16_t* marks = scratch.take<uint16_t>(marks_size * threads);
+  int64_t* non_finite = scratch.take<int64_t>(threads);
+  parallel_for(parallel, threads, [&](int64_t thread) {
+    TileMemory<A> own = sizes;
+    own.take_from(memory + thread * sizes.bytes());
+    float* own_scores = scores + thread * sizes.step;
+    uint16_t* own_marks = marks + thread * marks_size;
+    Candidates candidates(best);
+    for (int64_t number = t.tiles * thread / threads; number < t.tiles * (thread + 1) / threads; ++number) {
+      const Tile tile = t.tile(number);
+      compute_tile<S>(s, chunks, x, grad_out, tile, own);
+      if (q.by_kernel)
+        offer_kernels(t, blocked, tile, own, own_scores, taken + thread * taken_size, own_marks, &candidates);
+      else
+        offer_weights(t, blocked, tile, own, own_scores, own_marks, &candidates);
+    }
+    candidates.flush();
+    non_finite[thread] = candidates.non_finite();
+  });
+  for (int64_t thread = 0; thread < threads; ++thread) *q.non_finite += non_finite[thread];
+}
+
+template <class S>
+void best_absent(const Conv2dShape& s, const PatternView& blocked, const ImageView& grad_out, const ImageView& x,
+                 const TopkQuery& q, const Parallel& parallel) {
+  const TilePlan t = TilePlan::of(s, parallel.threads);
+  const ChunkPlan chunks = ChunkPlan::of(s, PixelRuns::of(x, s.batch, s.height, s.width), s.out_channels / s.groups);
+  const uint64_t floor = least_key(q.floor), guess = guess_threshold<S>(s, blocked, grad_out, x, q, t, chunks);
+  for (uint64_t threshold = guess > floor ? guess : floor;; threshold = floor) {
+    BestKeys best(q.k, threshold);
+    *q.non_finite = 0;
+    if (t.tiles > 0) rank_absent<S>(s, blocked, grad_out, x, q, t, chunks, &best, parallel);
+    // A guess that was too high is taken back.
+    if (threshold == floor || best.held() >= q.k) return write_best(best, q);
+  }
+}
+
+void absent_topk(DType dtype, const Conv2dShape& s, const PatternView& blocked, const ImageView& grad_out,
+                 const ImageView& x, const TopkQuery& q, const Parallel& parallel) {
+  with_stored_type(dtype, [&](auto stored) { best_absent<decltype(stored)>(s, blocked, grad_out, x, q, parallel); });
+}
+
+}  // namespace
+}  // namespace ILNAS_ISA
+}  // namespace ilnas

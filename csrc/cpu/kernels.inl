@@ -1,0 +1,14 @@
+// Every CPU kernel, compiled once per instruction set: the including file names the set in ILNAS_ISA and has switched
+// the compiler to it. Nothing here may use a standard-library template: the linker would keep one copy of it, perhaps
+// the one compiled for a set this processor lacks.
+#include "cpu/absent_topk.inl"
+#include "cpu/masked_conv2d.inl"
+#include "cpu/masked_linear.inl"
+
+namespace ilnas {
+namespace ILNAS_ISA {
+extern const Kernels kernel_table;
+const Kernels kernel_table = {masked_conv2d, masked_conv2d_backward, masked_linear, masked_linear_backward,
+                              absent_topk};
+}  // namespace ILNAS_ISA
+}  // namespace ilnas

@@ -1,0 +1,104 @@
+#include "cuda/masked_conv2d_routes.h"
+
+namespace ilnas::cuda {
+namespace {
+
+// Fewer rows than this leave most of a block of the tiled kernels without work: a depthwise convolution, for one.
+constexpr int kFewRows = 4;
+
+GatherCall forward_call(DType dtype, const Conv2dShape& s, const PatternView& p, const ImageView& x, const void* values,
+                        const void* bias, const ImageView& out) {
+  return {dtype, forward_gather(s, x, out), p.nnz, p.row_ptr, p.col, nullptr, x.data, values, bias, out.data};
+}
+
+GatherCall backward_call(DType dtype, const Conv2dShape& s, const PatternView& p, const ImageView& grad_out,
+                         const void* values, const ImageView& grad_x) {
+  return {dtype,         backward_gather(s, grad_out, grad_x),
+          p.nnz,         p.t_row_ptr,
+          p.t_col,       p.t_perm,
+          grad_out.data, values,
+          nullptr,       grad_x.data};
+}
+
+// The routes worth trying, best first; a route asked for is the only one.
+int candidates(Route route, DType dtype, const Gather& g, Route (&to)[3]) {
+  if (route != Route::kBest) return to[0] = route, 1;
+  int count = 0;
+  if (g.rows_per_group >= kFewRows) {
+    if (dtype != DType::kFloat32) to[count++] = Route::kCondensed;
+    to[count++] = Route::kDirect;
+  }
+  to[count++] = Route::kGeneral;
+  return count;
+}
+
+// The condensed gradient of the values is taken only where it is asked for: staging its tiles reads about 8 of every 32
+// bytes loaded, and the resource model puts it behind the direct kernel at every density (docs/cuda_without_a_gpu.md).
+Route grad_values_route(Route route, const Gather& g) {
+  return route == Route::kBest && g.rows_per_group < kFewRows ? Route::kGeneral : route;
+}
+
+cudaError_t launch_gather(Route route, const GatherCall& call, void* workspace, cudaStream_t stream) {
+  Route routes[3];
+  cudaError_t error = cudaErrorNotSupported;
+  const int count = candidates(route, call.dtype, call.g, routes);
+  for (int i = 0; i < count && error == cudaErrorNotSupported; ++i) {
+    if (routes[i] == Route::kCondensed)
+      error = launch_condensed(call, workspace, stream);
+    else if (routes[i] == Route::kDirect)
+      error = launch_direct(call, stream);
+    else
+      error = launch_general(call, stream);
+  }
+  return error;
+}
+
+}  // namespace
+
+cudaError_t compute_capability(int* arch) {
+  DeviceLimits limits{};
+  const cudaError_t error = device_limits(&limits);
+  *arch = limits.arch;
+  return error;
+}
+
+cudaError_t masked_conv2d_workspace(Route route, DType dtype, const Conv2dShape& s, int64_t nnz, bool backward,
+                                    int64_t* bytes) {
+  const Gather g = backward ? backward_gather(s, {}, {}) : forward_gather(s, {}, {});
+  *bytes = 0;
+  Route routes[3];
+  candidates(route, dtype, g, routes);
+  if (routes[0] != Route::kCondensed) return cudaSuccess;
+  const cudaError_t error = condensed_workspace(dtype, g, nnz, bytes);
+  return error == cudaErrorNotSupported && route == Route::kBest ? cudaSuccess : error;
+}
+
+cudaError_t launch_masked_conv2d(Route route, DType dtype, const Conv2dShape& s, const PatternView& p,
+                                 const ImageView& x, const void* values, const void* bias, const ImageView& out,
+                                 void* workspace, cudaStream_t stream) {
+  return launch_gather(route, forward_call(dtype, s, p, x, values, bias, out), workspace, stream);
+}
+
+cudaError_t launch_masked_conv2d_grad_x(Route route, DType dtype, const Conv2dShape& s, const PatternView& p,
+                                        const ImageView& grad_out, const void* values, const ImageView& grad_x,
+                                        void* workspace, cudaStream_t stream) {
+  return launch_gather(route, backward_call(dtype, s, p, grad_out, values, grad_x), workspace, stream);
+}
+
+cudaError_t masked_conv2d_grad_values_workspace(Route route, DType dtype, const Conv2dShape& s, int64_t nnz,
+                                                int64_t* bytes) {
+  const Gather g = forward_gather(s, {}, {});
+  if (route == Route::kCondensed) return condensed_grad_values_workspace(dtype, g, nnz, bytes);
+  return direct_grad_values_workspace(grad_values_route(route, g), dtype, g, nnz, bytes);
+}
+
+cudaError_t launch_masked_conv2d_grad_values(Route route, DType dtype, const Conv2dShape& s, const PatternView& p,
+                                             const ImageView& grad_out, const ImageView& x, void* grad_values,
+                                             void* workspace, cudaStream_t stream) {
+  const GradValuesArguments arguments{
+      dtype, forward_gather(s, x, grad_out), p.nnz, p.row_ptr, p.col, grad_out.data, x.data, grad_values};
+  if (route == Route::kCondensed) return launch_condensed_grad_values(arguments, workspace, stream);
+  return launch_direct_grad_values(grad_values_route(route, arguments.g), arguments, workspace, stream);
+}
+
+}  // namespace ilnas::cuda

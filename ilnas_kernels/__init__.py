@@ -1,0 +1,42 @@
+"""Sparse masked convolution and linear layers for PyTorch."""
+
+from importlib.util import find_spec
+
+import torch
+
+from . import _C, _live_values, _registration  # noqa: F401 - operators, their kernels, fake kernels and gradients
+
+if torch.version.cuda is not None and find_spec("ilnas_kernels._C_cuda") is not None:
+    from . import _C_cuda  # noqa: F401 - registers the CUDA kernels; a failure here must be seen
+
+from .calibration import calibrate
+from .dispatch import current_instruction_set, instruction_set, instruction_sets, use_route
+from .growth import AbsentTopK, Candidates, GrowthResult, grow_, prune_
+from .layout import cat_channels, is_batch_last, keep_batch_last, to_batch_last
+from .nn import MaskedConv2d, MaskedLinear, convert
+from .ops import absent_topk, masked_conv2d, masked_linear
+from .pattern import Pattern
+
+__all__ = [
+    "AbsentTopK",
+    "Candidates",
+    "GrowthResult",
+    "MaskedConv2d",
+    "MaskedLinear",
+    "Pattern",
+    "absent_topk",
+    "calibrate",
+    "cat_channels",
+    "convert",
+    "current_instruction_set",
+    "grow_",
+    "instruction_set",
+    "instruction_sets",
+    "is_batch_last",
+    "keep_batch_last",
+    "masked_conv2d",
+    "masked_linear",
+    "prune_",
+    "to_batch_last",
+    "use_route",
+]

@@ -1,0 +1,123 @@
+"""One autograd function for both masked operators, whose three operations each take their own route."""
+
+import torch
+from torch import Tensor
+
+from ._calls import Call, below_autograd
+from .dispatch import Routes
+from .pattern import Pattern
+
+_ilnas = torch.ops.ilnas
+
+
+def run_masked(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, routes: Routes, isa: str) -> Tensor:
+    """The masked operation on checked operands of one dtype; weight in either form."""
+    return Masked.apply(x, weight, bias, call, routes, isa)
+
+
+class Masked(torch.autograd.Function):
+    """x, weight or packed values, bias -> the masked operation that ``call`` describes."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, call, routes, isa):
+        if routes.forward == "dense":
+            operand = dense_weight(weight, call.pattern)
+            out = call.forward_dense(x, operand, bias)
+        else:
+            operand = live_values(weight, call.pattern)
+            out = call.forward_sparse(x, operand, bias, routes.forward, isa)
+        ctx.save_for_backward(x, weight, operand)
+        ctx.call, ctx.routes, ctx.isa = call, routes, isa
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        x, weight, operand = ctx.saved_tensors
+        call, routes, isa = ctx.call, ctx.routes, ctx.isa
+        # The forward left its operand clean; a second derivative must see how it hangs on the weight instead.
+        clean = not torch.is_grad_enabled()
+        operand = operand if clean else weight
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        if routes.grad_input == routes.grad_weight:
+            return *_gradients(
+                grad_out, x, weight, operand, call, [wants_x, wants_weight, wants_bias], routes.grad_input, isa, clean
+            ), None, None, None  # fmt: skip
+        grad_x, _, _ = _gradients(
+            grad_out, x, weight, operand, call, [wants_x, False, False], routes.grad_input, isa, clean
+        )  # fmt: skip
+        _, grad_weight, grad_bias = _gradients(
+            grad_out, x, weight, operand, call, [False, wants_weight, wants_bias], routes.grad_weight, isa, clean
+        )
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _gradients(grad_out, x, weight, operand, call, wanted, route, isa, clean):
+    """Those of the three gradients that are wanted, by one route; None for the others.
+
+    clean: an operand in dense form is known to be exactly 0 where absent.
+    """
+    if not any(wanted):
+        return None, None, None
+    pattern = call.pattern
+    if route == "dense":
+        full = operand if clean and operand.dim() != 1 else dense_weight(operand, pattern)
+        grad_x, grad_weight, grad_bias = call.backward_dense(grad_out, x, full, wanted)
+        if wanted[1]:
+            grad_weight = _masked_gradient(grad_weight, weight, pattern)
+    else:
+        values = live_values(operand, pattern)
+        grad_x, grad_weight, grad_bias = call.backward_sparse(grad_out, x, values, wanted, route, isa)
+        if wanted[1] and weight.dim() != 1:
+            grad_weight = scatter(grad_weight, pattern, weight.shape, weight.stride())
+    return (
+        grad_x if wanted[0] else None,
+        grad_weight if wanted[1] else None,
+        grad_bias if wanted[2] else None,
+    )
+
+
+def gather(weight: Tensor, pattern: Pattern) -> Tensor:
+    """The packed live values of a dense weight."""
+    with below_autograd():
+        return _ilnas.gather_live.default(weight, pattern.row_ptr, pattern.col)
+
+
+def scatter(values: Tensor, pattern: Pattern, size=None, stride=None) -> Tensor:
+    """The dense weight of packed values, 0 where absent; contiguous unless told otherwise."""
+    with below_autograd():
+        return _ilnas.scatter_live.default(
+            values, pattern.row_ptr, pattern.col, size or pattern.shape, stride or pattern.stride
+        )
+
+
+def live_values(weight: Tensor, pattern: Pattern) -> Tensor:
+    """The packed values of a weight in either form."""
+    return weight if weight.dim() == 1 else gather(weight, pattern)
+
+
+def dense_weight(weight: Tensor, pattern: Pattern) -> Tensor:
+    """The dense weight, absent entries exactly 0, of a weight in either form; itself when it is that."""
+    if weight.dim() != 1:
+        if pattern.nnz == pattern.numel:
+            return weight
+        # Reading it through costs a fraction of writing a clean copy; a compiled graph cannot depend on the answer, and
+        # to wait for another device would cost more.
+        if weight.device.type == "cpu" and not torch.compiler.is_compiling():
+            with below_autograd():
+                if not _ilnas.has_strays.default(weight, pattern.row_ptr, pattern.col, pattern.live_bits).item():
+                    return weight
+        weight = gather(weight, pattern)
+    return scatter(weight, pattern)
+
+
+def _masked_gradient(grad: Tensor, weight: Tensor, pattern: Pattern) -> Tensor:
+    """A dense gradient brought into the weight's form."""
+    if weight.dim() == 1:
+        return gather(grad, pattern)
+    if pattern.nnz == pattern.numel:
+        return grad
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return scatter(gather(grad, pattern), pattern, grad.shape, grad.stride())
+    with below_autograd():
+        _ilnas.zero_absent_.default(grad, pattern.row_ptr, pattern.col, pattern.live_bits)
+    return grad

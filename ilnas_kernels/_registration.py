@@ -1,0 +1,160 @@
+"""Fake kernels and gradients of the C++ operators, so that torch.compile, torch.export and autograd know them.
+
+Every gradient is written in terms of the operators themselves, so it can be differentiated again.
+"""
+
+import torch
+from torch import Tensor
+
+from ._calls import conv_output_size
+from .layout import empty_in_layout, layout_of
+
+_ilnas = torch.ops.ilnas
+
+
+@torch.library.register_fake("ilnas::masked_conv2d")
+def _(x, values, bias, row_ptr, col, t_row_ptr, t_col, t_perm, kernel_size, stride, padding, dilation, groups, isa):
+    height = conv_output_size(x.shape[2], padding[0], padding[1], kernel_size[0], stride[0], dilation[0])
+    width = conv_output_size(x.shape[3], padding[2], padding[3], kernel_size[1], stride[1], dilation[1])
+    return empty_in_layout(x, (x.shape[0], row_ptr.shape[0] - 1, height, width), layout_of(x))
+
+
+@torch.library.register_fake("ilnas::masked_conv2d_backward")
+def _(
+    grad_out, x, values, row_ptr, col, t_row_ptr, t_col, t_perm,
+    kernel_size, stride, padding, dilation, groups, output_mask, isa,
+):  # fmt: skip
+    grad_x = empty_in_layout(x, x.shape, layout_of(x)) if output_mask[0] else x.new_empty(0)
+    grad_values = x.new_empty(col.shape[0] if output_mask[1] else 0)
+    return grad_x, grad_values, x.new_empty(row_ptr.shape[0] - 1 if output_mask[2] else 0)
+
+
+@torch.library.register_fake("ilnas::masked_linear")
+def _(x, values, bias, row_ptr, col, t_row_ptr, t_col, t_perm, isa):
+    return x.new_empty(x.shape[0], row_ptr.shape[0] - 1)
+
+
+@torch.library.register_fake("ilnas::masked_linear_backward")
+def _(grad_out, x, values, row_ptr, col, t_row_ptr, t_col, t_perm, output_mask, isa):
+    grad_x = x.new_empty(x.shape) if output_mask[0] else x.new_empty(0)
+    grad_values = x.new_empty(col.shape[0] if output_mask[1] else 0)
+    return grad_x, grad_values, x.new_empty(row_ptr.shape[0] - 1 if output_mask[2] else 0)
+
+
+@torch.library.register_fake("ilnas::absent_topk")
+def _(x, grad_out, row_ptr, col, k, kernel_size, stride, padding, dilation, groups, by_kernel, floor, isa):
+    return (
+        row_ptr.new_empty(k, dtype=torch.int64),
+        row_ptr.new_empty(k, dtype=torch.float32),
+        row_ptr.new_empty(1, dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("ilnas::gather_live")
+def _(weight, row_ptr, col):
+    return weight.new_empty(col.shape[0])
+
+
+@torch.library.register_fake("ilnas::scatter_live")
+def _(values, row_ptr, col, size, stride):
+    return values.new_empty_strided(size, stride)
+
+
+@torch.library.register_fake("ilnas::has_strays")
+def _(weight, row_ptr, col, live_bits):
+    return row_ptr.new_empty(1, dtype=torch.int64)
+
+
+@torch.library.register_fake("ilnas::zero_absent_")
+def _(weight, row_ptr, col, live_bits):
+    return None
+
+
+# Each backward operator returns an empty tensor for a gradient that was not asked for; autograd wants None there.
+def _asked(gradients, output_mask):
+    return tuple(g if wanted else None for g, wanted in zip(gradients, output_mask, strict=True))
+
+
+def _conv_context(ctx, inputs, output):
+    x, values, bias, *pattern_and_geometry = inputs
+    ctx.save_for_backward(x, values)
+    ctx.rest = pattern_and_geometry
+    ctx.with_bias = bias is not None
+
+
+def _conv_backward(ctx, grad_out):
+    x, values = ctx.saved_tensors
+    *operands, isa = ctx.rest
+    mask = list(ctx.needs_input_grad[:3])
+    gradients = _ilnas.masked_conv2d_backward(grad_out, x, values, *operands, mask, isa)
+    return *_asked(gradients, mask), *[None] * len(ctx.rest)
+
+
+def _backward_context(ctx, inputs, output):
+    grad_out, x, values, *ctx.operands, ctx.output_mask, ctx.isa = inputs
+    ctx.save_for_backward(grad_out, x, values)
+
+
+def _second_backward(forward, backward, ctx, gradients):
+    """The three gradients are bilinear in (grad_out, x, values), so theirs are the same operators again."""
+    grad_out, x, values = ctx.saved_tensors
+    from_x, from_values, from_bias = _asked(gradients, ctx.output_mask)
+    need_grad_out, need_x, need_values = ctx.needs_input_grad[:3]
+    grad_grad_out = grad_x = grad_values = None
+    if need_grad_out:
+        terms = []
+        if from_x is not None:
+            terms.append(forward(from_x, values, None, *ctx.operands, ctx.isa))
+        if from_values is not None:
+            terms.append(forward(x, from_values, None, *ctx.operands, ctx.isa))
+        if from_bias is not None:
+            terms.append(from_bias.view(1, -1, *[1] * (grad_out.dim() - 2)).expand_as(grad_out))
+        grad_grad_out = sum(terms[1:], terms[0])
+    if need_x and from_values is not None:
+        grad_x = backward(grad_out, x, from_values, *ctx.operands, [True, False, False], ctx.isa)[0]
+    if need_values and from_x is not None:
+        grad_values = backward(grad_out, from_x, values, *ctx.operands, [False, True, False], ctx.isa)[1]
+    return grad_grad_out, grad_x, grad_values, *[None] * (len(ctx.operands) + 2)
+
+
+def _conv_second_backward(ctx, *gradients):
+    return _second_backward(_ilnas.masked_conv2d, _ilnas.masked_conv2d_backward, ctx, gradients)
+
+
+def _linear_backward(ctx, grad_out):
+    x, values = ctx.saved_tensors
+    *operands, isa = ctx.rest
+    mask = list(ctx.needs_input_grad[:3])
+    gradients = _ilnas.masked_linear_backward(grad_out, x, values, *operands, mask, isa)
+    return *_asked(gradients, mask), *[None] * len(ctx.rest)
+
+
+def _linear_second_backward(ctx, *gradients):
+    return _second_backward(_ilnas.masked_linear, _ilnas.masked_linear_backward, ctx, gradients)
+
+
+def _gather_context(ctx, inputs, output):
+    weight, *ctx.pattern = inputs
+    ctx.size, ctx.stride = weight.shape, weight.stride()
+
+
+def _gather_backward(ctx, grad):
+    return _ilnas.scatter_live(grad, *ctx.pattern, ctx.size, ctx.stride), None, None
+
+
+def _scatter_context(ctx, inputs, output):
+    ctx.pattern = inputs[1:3]
+
+
+def _scatter_backward(ctx, grad: Tensor):
+    return _ilnas.gather_live(grad, *ctx.pattern), None, None, None, None
+
+
+torch.library.register_autograd("ilnas::masked_conv2d", _conv_backward, setup_context=_conv_context)
+torch.library.register_autograd("ilnas::masked_conv2d_backward", _conv_second_backward, setup_context=_backward_context)
+torch.library.register_autograd("ilnas::masked_linear", _linear_backward, setup_context=_conv_context)
+torch.library.register_autograd(
+    "ilnas::masked_linear_backward", _linear_second_backward, setup_context=_backward_context
+)
+torch.library.register_autograd("ilnas::gather_live", _gather_backward, setup_context=_gather_context)
+torch.library.register_autograd("ilnas::scatter_live", _scatter_backward, setup_context=_scatter_context)

@@ -1,0 +1,254 @@
+"""The densities below which sparse kernels win: a table of defaults, and measuring them on the user's machine."""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _C, _cuda_routes
+from ._calls import ConvCall, LinearCall
+from .layout import to_batch_last
+from .pattern import Pattern
+
+
+class Crossovers(NamedTuple):
+    """The density below which the sparse kernel of each operation is faster than dense torch, and how that is known."""
+
+    forward: float
+    grad_input: float
+    grad_weight: float
+    source: str
+
+
+# Measured with calibrate() on a 2-core AVX-512 machine, one thread; NCHW input unless said otherwise.
+DEFAULTS: dict[str, tuple[float, float, float]] = {
+    "cpu/conv": (0.6, 0.6, 0.65),
+    "cpu/conv1x1": (0.6, 0.6, 0.6),
+    "cpu/linear": (0.3, 0.2, 0.2),
+    "cpu/conv/batch-last": (0.9, 0.9, 0.9),
+    "cpu/conv1x1/batch-last": (0.9, 0.9, 0.9),
+}
+_NEVER = (0.0, 0.0, 0.0)
+# Predicted for the Triton kernels where the CUDA ones are not built: a gathered input costs a tenth of a clock, against
+# which dense tensor-core products leave room only where few of 64 rows' columns are live. calibrate() measures instead.
+_TRITON = {
+    (kind, dtype): (density,) * 3
+    for dtype, densities in (
+        (torch.float32, {"conv": 0.01, "conv1x1": 0.01, "linear": 0.03}),  # torch's convolutions take TF32, linear not
+        (torch.float16, {"conv": 0.005, "conv1x1": 0.005, "linear": 0.005}),
+        (torch.bfloat16, {"conv": 0.005, "conv1x1": 0.005, "linear": 0.005}),
+    )
+    for kind, density in densities.items()
+}
+
+
+def table_key(device: str, kind: str, dtype: torch.dtype, batch_last: bool) -> str:
+    parts = [device, kind, "batch-last" if batch_last else "", "" if dtype == torch.float32 else str(dtype)[6:]]
+    return "/".join(part for part in parts if part)
+
+
+def crossovers_for(device: str, kind: str, dtype: torch.dtype, batch_last: bool) -> Crossovers:
+    """The calibrated numbers of this machine, else the defaults; a dtype without its own has those of float32.
+
+    On CUDA devices that were not calibrated they are predicted.
+    """
+    if (known := _looked_up(device, kind, dtype, batch_last, torch.get_num_threads())) is not None:
+        return known
+    if device == "cuda" and torch.cuda.is_available() and dtype != torch.float64:
+        if not _cuda_routes.kernels_run():
+            return Crossovers(*_TRITON[kind, dtype], _cuda_routes.SOURCE)
+        return Crossovers(*_cuda_routes.predicted(kind, dtype, torch.cuda.get_device_capability()), _cuda_routes.SOURCE)
+    return Crossovers(*_NEVER, "nothing is known about this device")
+
+
+@cache
+def _looked_up(device: str, kind: str, dtype: torch.dtype, batch_last: bool, threads: int) -> Crossovers | None:
+    for wanted in (dtype, torch.float32):
+        key = table_key(device, kind, wanted, batch_last)
+        if (measured := _stored().get(key)) is not None:
+            return Crossovers(*measured, "calibrated on this machine")
+        if key in DEFAULTS:
+            return Crossovers(*DEFAULTS[key], "default table")
+    return None
+
+
+def cache_file() -> Path:
+    """Where :func:`calibrate` keeps its numbers: the user's cache folder of the platform."""
+    home = Path.home()
+    if sys.platform == "win32":
+        folder = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local")) / "ilnas" / "Cache"
+    elif sys.platform == "darwin":
+        folder = home / "Library" / "Caches" / "ilnas"
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "ilnas"
+    return folder / "crossovers.json"
+
+
+def calibrate(
+    *,
+    device: str | torch.device = "cpu",
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    kinds: Sequence[str] = ("conv", "conv1x1", "linear"),
+    seconds: float = 3.0,
+    store: bool = True,
+) -> dict[str, tuple[float, float, float]]:
+    """Measures the crossovers on this machine and keeps them for later runs; returns them by table key.
+
+    Dense and sparse are run in turn on mid-sized layers at several densities, medians compared, and the density at
+    which they take the same time is interpolated; ``seconds`` per kind, dtype and layout. They hold for the current
+    number of threads and torch version. store=False measures only. A cache folder that cannot be written is an OSError.
+    """
+    device = torch.device(device)
+    if unknown := sorted(set(kinds) - set(_SHAPES)):
+        raise ValueError(f"calibrate: kinds must be among {sorted(_SHAPES)}, got {unknown[0]!r}")
+    if not seconds > 0:
+        raise ValueError(f"calibrate: seconds must be positive, got {seconds}")
+    _sparse_route(device.type)
+    found = {}
+    for kind in kinds:
+        for dtype in dtypes:
+            for batch_last in (False, True) if kind != "linear" and device.type == "cpu" else (False,):
+                key = table_key(device.type, kind, dtype, batch_last)
+                found[key] = _measure(kind, device, dtype, batch_last, seconds)
+    if store:
+        _write(found)
+    return found
+
+
+def machine_key(device_type: str = "cpu") -> str:
+    """What stored numbers hold for."""
+    name = torch.cuda.get_device_name() if device_type == "cuda" else _C.best_instruction_set()
+    return f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads"
+
+
+@cache
+def _all_stored() -> dict:
+    try:
+        return json.loads(cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _stored() -> dict[str, Sequence[float]]:
+    """This machine's numbers; none when there is no file, or one that is not ours."""
+    everything = _all_stored()
+    mine = everything.get(machine_key()) if isinstance(everything, dict) else None
+    return mine if isinstance(mine, dict) else {}
+
+
+def _write(found: dict[str, tuple[float, float, float]]) -> None:
+    forget()
+    everything = {**_all_stored(), machine_key(): {**_stored(), **found}}
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside and renamed, so that another process never reads half a file.
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        json.dump(everything, file, indent=1)
+    os.replace(file.name, path)
+    forget()
+
+
+def forget() -> None:
+    """Reads the stored numbers anew at the next call."""
+    _all_stored.cache_clear()
+    _looked_up.cache_clear()
+
+
+# (batch, in, out, size): one early and one late layer of a usual network; linear: (batch, in, out).
+_SHAPES = {
+    "conv": ((32, 64, 64, 32), (32, 256, 256, 8)),
+    "conv1x1": ((32, 128, 128, 16), (32, 256, 256, 16)),
+    "linear": ((128, 1024, 1024), (256, 2048, 1024)),
+}
+_DENSITIES = (0.8, 0.6, 0.45, 0.3, 0.2, 0.1)
+
+
+def _measure(kind: str, device: torch.device, dtype: torch.dtype, batch_last: bool, seconds: float):
+    """The three crossovers of one table row."""
+    found = []
+    per_shape = seconds / len(_SHAPES[kind])
+    for shape in _SHAPES[kind]:
+        ratios = [_ratios(kind, shape, density, device, dtype, batch_last, per_shape / len(_DENSITIES))
+                  for density in _DENSITIES]  # fmt: skip
+        found.append([crossing(_DENSITIES, [r[i] for r in ratios]) for i in range(3)])
+    # The lower of the shapes' crossovers: above it dense is never slower than torch, below it sparse is not.
+    return tuple(round(min(column), 3) for column in zip(*found, strict=True))
+
+
+def crossing(densities: Sequence[float], ratios: Sequence[float]) -> float:
+    """The highest density from which downwards sparse / dense time stays below 1, linearly interpolated."""
+    below = 0.0
+    last = None
+    for density, ratio in sorted(zip(densities, ratios, strict=True)):
+        if ratio >= 1.0:
+            if last is None:
+                return 0.0
+            last_density, last_ratio = last
+            return last_density + (density - last_density) * (1.0 - last_ratio) / (ratio - last_ratio)
+        below, last = density, (density, ratio)
+    return below
+
+
+def _ratios(kind, shape, density, device, dtype, batch_last, seconds) -> tuple[float, float, float]:
+    """Sparse time / dense time of forward, grad_input and grad_weight."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(device, dtype)
+
+    batch, in_channels, out_channels = shape[:3]
+    taps = {"conv": (3, 3), "conv1x1": (1, 1), "linear": ()}[kind]
+    size = (shape[3], shape[3]) if taps else ()
+    pattern = Pattern.random((out_channels, in_channels, *taps), density, generator=generator).to(device)
+    pad = 1 if kind == "conv" else 0
+    call = ConvCall(pattern, (1, 1), (pad,) * 4, (1, 1)) if taps else LinearCall(pattern)
+    x, grad_out = random(batch, in_channels, *size), random(batch, out_channels, *size)
+    if batch_last:
+        x, grad_out = to_batch_last(x), to_batch_last(grad_out)
+    values = random(pattern.nnz)
+    weight = torch.ops.ilnas.scatter_live(values, pattern.row_ptr, pattern.col, pattern.shape, pattern.stride)
+    route, isa = _sparse_route(device.type), ""
+    pairs = [
+        (lambda: call.forward_sparse(x, values, None, route, isa), lambda: call.forward_dense(x, weight, None)),
+        *(
+            (
+                lambda wanted=wanted: call.backward_sparse(grad_out, x, values, wanted, route, isa),
+                lambda wanted=wanted: call.backward_dense(grad_out, x, weight, wanted),
+            )
+            for wanted in ([True, False, False], [False, True, False])
+        ),
+    ]
+    with torch.no_grad():
+        return tuple(_time_ratio(sparse, dense, device, seconds / 3) for sparse, dense in pairs)
+
+
+def _sparse_route(device_type: str) -> str:
+    from .dispatch import sparse_route  # dispatch reads this module's table
+
+    if (route := sparse_route(device_type)) is None:
+        raise ValueError(f"calibrate: device has no sparse kernels here, got {device_type!r}")
+    return route
+
+
+def _time_ratio(sparse: Callable, dense: Callable, device: torch.device, seconds: float) -> float:
+    """Median time of one over the median time of the other, run in turn."""
+    times: tuple[list[float], list[float]] = ([], [])
+    sparse(), dense()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[0]) < 3:
+        for function, taken in zip((sparse, dense), times, strict=True):
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken.append(time.perf_counter() - start)
+    return statistics.median(times[0]) / statistics.median(times[1])

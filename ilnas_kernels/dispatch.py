@@ -1,0 +1,197 @@
+"""Which route an operator takes: dense torch, or the sparse kernels of the device (C++, CUDA, Triton)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _C, _cuda_routes
+from .calibration import Crossovers, crossovers_for
+from .layout import is_strided_batch_last
+from .pattern import Pattern
+
+_forced_isa: ContextVar[str] = ContextVar("ilnas_isa", default="")
+_forced_route: ContextVar[str | None] = ContextVar("ilnas_route", default=None)
+
+
+class Routes(NamedTuple):
+    """The route of each of a layer's three operations."""
+
+    forward: str
+    grad_input: str
+    grad_weight: str
+
+
+class Choice(NamedTuple):
+    """One operation's route and the reason; the sparse route wins below the ``crossover`` density."""
+
+    operation: str
+    route: str
+    density: float
+    crossover: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The choices for forward, grad_input and grad_weight; prints as one line each."""
+
+    choices: tuple[Choice, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{c.operation:<12}{c.route:<8}density {c.density:.4g}, crossover {c.crossover:.4g}: {c.why}"
+            for c in self.choices
+        )
+
+
+def instruction_sets() -> dict[str, bool]:
+    """The CPU instruction sets compiled in, each with whether this processor runs it."""
+    return _C.instruction_sets()
+
+
+def current_instruction_set() -> str:
+    """The CPU instruction set that a call made now would use."""
+    return _forced_isa.get() or _C.best_instruction_set()
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Within it the CPU kernels of this instruction set are used, also in the backward of what ran within it.
+
+    name: one of :func:`instruction_sets` that runs here; ValueError for any other. What torch.compile traced within it
+    keeps it.
+    """
+    runs = instruction_sets()
+    if not runs.get(name, False):
+        usable = ", ".join(sorted(n for n, ok in runs.items() if ok))
+        raise ValueError(f"instruction_set: name must be compiled in and run here ({usable}), got {name!r}")
+    token = _forced_isa.set(name)
+    try:
+        yield
+    finally:
+        _forced_isa.reset(token)
+
+
+@contextmanager
+def use_route(route: str) -> Iterator[None]:
+    """Within it the masked layers take this route whatever is faster: "dense", or "sparse" for the best sparse one."""
+    if route not in ("dense", "sparse"):
+        raise ValueError(f"use_route: route must be 'dense' or 'sparse', got {route!r}")
+    token = _forced_route.set(route)
+    try:
+        yield
+    finally:
+        _forced_route.reset(token)
+
+
+# torch.compile cannot read a ContextVar; it takes what holds while it traces.
+@torch.compiler.assume_constant_result
+def isa_argument() -> str:
+    return _forced_isa.get()
+
+
+@torch.compiler.assume_constant_result
+def forced_route() -> str | None:
+    return _forced_route.get()
+
+
+@torch.compiler.assume_constant_result
+def _crossovers(device: str, kind: str, dtype: torch.dtype, batch_last: bool) -> Crossovers:
+    return crossovers_for(device, kind, dtype, batch_last)
+
+
+@torch.compiler.assume_constant_result
+def sparse_route(device: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """The sparse kernels for a kind of device and a dtype; None where there are none."""
+    if device == "cpu":
+        return "sparse"
+    if device != "cuda" or dtype == torch.float64:
+        return None
+    if _cuda_routes.kernels_run():
+        return "cuda"
+    return "triton" if _triton_serves(dtype) else None
+
+
+@cache
+def _triton_serves(dtype: torch.dtype) -> bool:
+    if find_spec("triton") is None:
+        return False
+    from . import triton  # registers the operators
+
+    return triton.why_not(dtype, torch.device("cuda"), 0) is None
+
+
+def routes_for(call, x: Tensor) -> Routes:
+    """The three routes of a call on checked operands of the dtype it computes in."""
+    device = x.device.type
+    sparse, forced = sparse_route(device, x.dtype), forced_route()
+    if sparse == "triton" and x.numel() >= 2**31 * max(x.shape[1], 1):
+        sparse = None  # its positions are numbered with 32 bits
+    if sparse is None or forced == "dense":
+        return Routes("dense", "dense", "dense")
+    if forced is not None:
+        return Routes(sparse, sparse, sparse)
+    density = call.pattern.density
+    crossovers = _crossovers(device, call.kind, x.dtype, converts_layout(call, x))
+    return Routes(
+        sparse if density < crossovers.forward else "dense",
+        sparse if density < crossovers.grad_input else "dense",
+        sparse if density < crossovers.grad_weight else "dense",
+    )
+
+
+def is_plain(pattern: Pattern, weight: Tensor) -> bool:
+    """Whether the layer is nothing but torch's: all live and dense, with no sparse route forced upon it.
+
+    In a traced forward it always is, since the compressed forms of an all-live pattern cannot be made there.
+    """
+    if pattern.nnz != pattern.numel or weight.dim() == 1:
+        return False
+    return torch.compiler.is_compiling() or forced_route() != "sparse"
+
+
+def converts_layout(call, x: Tensor) -> bool:
+    """Whether the dense route would have to convert the layout."""
+    return call.weight_dim == 4 and is_strided_batch_last(x)
+
+
+def topk_route(x: Tensor, grad_out: Tensor) -> tuple[Callable, Tensor, Tensor]:
+    """The operator for absent_topk, and its operands where it runs."""
+    device = x.device.type
+    if device != "cpu" and sparse_route(device, x.dtype) is None:
+        x, grad_out = x.float(), grad_out.float()  # what is returned is float32 anyway
+    if sparse_route(device, x.dtype) == "triton":
+        return _topk_triton, x, grad_out
+    return torch.ops.ilnas.absent_topk, x, grad_out
+
+
+def _topk_triton(*arguments):
+    *rest, _ = arguments  # no instruction set there
+    return torch.ops.ilnas.absent_topk_triton(*rest)
+
+
+def explain(call, x: Tensor) -> Explanation:
+    """Why :func:`routes_for` says what it says; only device, dtype and layout of ``x`` are looked at."""
+    routes, density = routes_for(call, x), call.pattern.density
+    crossovers = _crossovers(x.device.type, call.kind, x.dtype, converts_layout(call, x))
+    choices = []
+    for operation, route in routes._asdict().items():
+        crossover = getattr(crossovers, operation)
+        if forced_route() is not None:
+            why = "forced by use_route"
+        elif sparse_route(x.device.type, x.dtype) is None:
+            why = f"there are no sparse kernels for {x.dtype} on {x.device.type} here"
+        elif call.pattern.nnz == call.pattern.numel:
+            why = "all weights are live, so this is plain torch"
+        else:
+            side = "below" if density < crossover else "not below"
+            why = f"the density is {side} the crossover ({crossovers.source})"
+        choices.append(Choice(operation, route, density, crossover, why))
+    return Explanation(tuple(choices))

@@ -1,0 +1,70 @@
+"""Which candidates are added: a ranking walked down until the budget is spent to the last parameter."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ilnas.granularity import Pool, group_scores
+
+
+@dataclass
+class Conditions:
+    """What a candidate needs besides itself: a placeholder node or a virtual layer, which then counts as well.
+
+    needs: per candidate the number of its condition, -1 for none; cost: parameters of each condition.
+    """
+
+    needs: Tensor
+    cost: list[int] = field(default_factory=list)
+
+
+def choose(
+    pool: Pool, conditions: Conditions, budget: int, selection: str, generator: torch.Generator
+) -> tuple[Tensor, set[int]]:
+    """Positions in the pool of the candidates to add, and the conditions they need; together at most ``budget``.
+
+    selection "top": groups by falling score. "sampled": groups drawn without replacement, each time in proportion to
+    the score (the largest of log score + Gumbel noise). A group that does not fit any more gives its best members if
+    it needs no further condition, so what is spent falls short of the budget only when candidates run out.
+    """
+    if not len(pool) or budget <= 0:
+        return torch.empty(0, dtype=torch.int64), set()
+    _, sizes, scores = group_scores(pool)
+    keys = scores
+    if selection == "sampled":
+        uniform = torch.rand(len(scores), dtype=torch.float64, generator=generator)
+        keys = scores.log() - (-uniform.clamp_min(1e-300).log()).log()
+    order = keys.argsort(descending=True, stable=True)
+    if not conditions.cost and bool((sizes == 1).all()):
+        in_group_order = pool.group.argsort(stable=True)
+        return in_group_order[order[:budget]], set()
+    members = _members(pool)
+    taken: list[Tensor] = []
+    paid: set[int] = set()
+    for g in order.tolist():
+        inside = members[g]
+        need = int(conditions.needs[inside[0]])
+        extra = 0 if need < 0 or need in paid else conditions.cost[need]
+        if len(inside) + extra > budget:
+            if extra == 0 and budget > 0:
+                best = pool.score[inside].argsort(descending=True, stable=True)[:budget]
+                taken.append(inside[best])
+                budget = 0
+            if budget == 0:
+                break
+            continue
+        if need >= 0:
+            paid.add(need)
+        taken.append(inside)
+        budget -= len(inside) + extra
+        if budget == 0:
+            break
+    return (torch.cat(taken) if taken else torch.empty(0, dtype=torch.int64)), paid
+
+
+def _members(pool: Pool) -> list[Tensor]:
+    """Positions of each group's candidates, groups in ascending order of their number."""
+    order = pool.group.argsort(stable=True)
+    _, sizes = pool.group[order].unique_consecutive(return_counts=True)
+    return list(order.split(sizes.tolist()))

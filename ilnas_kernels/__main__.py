@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import torch
 
-from . import _C
+from . import _C, dispatch
 
 
 def main() -> None:
@@ -15,7 +15,15 @@ def main() -> None:
     print(f"CPU kernels: {_C.best_instruction_set()} chosen of {runs}; {torch.get_num_threads()} threads")
     print(f"CUDA kernels: {_C.cuda_outcome}")
     print(f"Triton: {version('triton') if find_spec('triton') else 'not installed'}")
-    print(f"GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none that torch can use'}")
+    print(f"GPU: {_gpu()}")
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    device = torch.device("cuda", torch.cuda.current_device())
+    route = dispatch.sparse_route(device) or dispatch.why_no_sparse_route(device, torch.float32)
+    return f"{torch.cuda.get_device_name(device)}, kernels: {route}"
 
 
 if __name__ == "__main__":

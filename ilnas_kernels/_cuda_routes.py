@@ -4,10 +4,13 @@ They come from the resource model of the kernels for 3x3 layers of 256 channels;
 them by measurements.
 """
 
+import re
 from functools import cache
 from importlib.util import find_spec
 
 import torch
+
+from . import _C
 
 MINIMUM_CAPABILITY = (7, 5)
 SOURCE = "predicted by a resource model"
@@ -29,11 +32,34 @@ _KIND_FACTOR = {"conv": 1.0, "conv1x1": 0.6, "linear": 0.5}
 
 
 @cache
-def kernels_run() -> bool:
-    """Whether _C_cuda is there and the current device is new enough for it."""
-    if find_spec("ilnas_kernels._C_cuda") is None or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability() >= MINIMUM_CAPABILITY
+def why_not(device: torch.device) -> str | None:
+    """Why the CUDA kernels do not run on a CUDA device; None if they do."""
+    if torch.version.cuda is None or find_spec("ilnas_kernels._C_cuda") is None:
+        return f"the CUDA kernels are {_C.cuda_outcome}"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MINIMUM_CAPABILITY:
+        return "the CUDA kernels need compute capability {}.{}, {} has {}.{}".format(
+            *MINIMUM_CAPABILITY, torch.cuda.get_device_name(device), *capability
+        )
+    if not runs_on(capability, _C.cuda_outcome):
+        return "the CUDA kernels are {}, {} has compute capability {}.{}".format(
+            _C.cuda_outcome, torch.cuda.get_device_name(device), *capability
+        )
+    return None
+
+
+def runs_on(capability: tuple[int, int], built_for: str) -> bool:
+    """Whether a device runs what was built for such a list of architectures, e.g. "7.5;8.6 9.0+PTX".
+
+    Machine code runs on later devices of its generation, PTX on all later ones.
+    """
+    for major, minor, ptx in re.findall(r"(\d+)\.(\d)a?(\+PTX)?", built_for):
+        target = int(major), int(minor)
+        if target <= capability and (ptx or target[0] == capability[0]):
+            return True
+    return False
 
 
 def predicted(kind: str, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[float, float, float]:

@@ -3,6 +3,7 @@
 The CPU has kernels of its own for these. None of them waits for the device or depends on _C_cuda being built.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,10 +17,11 @@ def _flat_index(numel: int, row_ptr: Tensor, col: Tensor) -> Tensor:
     return torch.repeat_interleave(starts, row_ptr.diff(), output_size=col.shape[0]) + col
 
 
-def _absent(weight: Tensor, row_ptr: Tensor, col: Tensor) -> Tensor:
-    """True where the weight has no live position, of its shape."""
-    absent = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
-    return absent.index_fill_(0, _flat_index(weight.numel(), row_ptr, col), False).view(weight.shape)
+def absent_positions(shape: Sequence[int], row_ptr: Tensor, col: Tensor) -> Tensor:
+    """True where a weight of this shape has no live position."""
+    numel = math.prod(shape)
+    absent = torch.ones(numel, dtype=torch.bool, device=col.device)
+    return absent.index_fill_(0, _flat_index(numel, row_ptr, col), False).view(shape)
 
 
 def gather_live(weight: Tensor, row_ptr: Tensor, col: Tensor) -> Tensor:
@@ -36,11 +38,11 @@ def scatter_live(values: Tensor, row_ptr: Tensor, col: Tensor, size: Sequence[in
 
 def has_strays(weight: Tensor, row_ptr: Tensor, col: Tensor, live_bits: Tensor) -> Tensor:
     """Whether an absent entry holds anything but a zero: 1 or 0, int64 [1]; NaN counts."""
-    return weight.ne(0).logical_and_(_absent(weight, row_ptr, col)).any().long().view(1)
+    return weight.ne(0).logical_and_(absent_positions(weight.shape, row_ptr, col)).any().long().view(1)
 
 
 def zero_absent_(weight: Tensor, row_ptr: Tensor, col: Tensor, live_bits: Tensor) -> None:
-    weight.masked_fill_(_absent(weight, row_ptr, col), 0)
+    weight.masked_fill_(absent_positions(weight.shape, row_ptr, col), 0)
 
 
 for _function in (gather_live, scatter_live, has_strays, zero_absent_):

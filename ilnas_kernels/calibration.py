@@ -56,25 +56,29 @@ def table_key(device: str, kind: str, dtype: torch.dtype, batch_last: bool) -> s
     return "/".join(part for part in parts if part)
 
 
-def crossovers_for(device: str, kind: str, dtype: torch.dtype, batch_last: bool) -> Crossovers:
-    """The calibrated numbers of this machine, else the defaults; a dtype without its own has those of float32.
+def crossovers_for(device: torch.device, kind: str, dtype: torch.dtype, batch_last: bool) -> Crossovers:
+    """The numbers calibrated on this device, else the defaults; for CUDA devices they are predicted.
 
-    On CUDA devices that were not calibrated they are predicted.
+    On the CPU a dtype without numbers of its own has those of float32.
     """
     if (known := _looked_up(device, kind, dtype, batch_last, torch.get_num_threads())) is not None:
         return known
-    if device == "cuda" and torch.cuda.is_available() and dtype != torch.float64:
-        if not _cuda_routes.kernels_run():
+    if device.type == "cuda" and torch.cuda.is_available() and dtype != torch.float64:
+        if _cuda_routes.why_not(device) is not None:
             return Crossovers(*_TRITON[kind, dtype], _cuda_routes.SOURCE)
-        return Crossovers(*_cuda_routes.predicted(kind, dtype, torch.cuda.get_device_capability()), _cuda_routes.SOURCE)
+        capability = torch.cuda.get_device_capability(device)
+        return Crossovers(*_cuda_routes.predicted(kind, dtype, capability), _cuda_routes.SOURCE)
     return Crossovers(*_NEVER, "nothing is known about this device")
 
 
 @cache
-def _looked_up(device: str, kind: str, dtype: torch.dtype, batch_last: bool, threads: int) -> Crossovers | None:
-    for wanted in (dtype, torch.float32):
-        key = table_key(device, kind, wanted, batch_last)
-        if (measured := _stored().get(key)) is not None:
+def _looked_up(
+    device: torch.device, kind: str, dtype: torch.dtype, batch_last: bool, threads: int
+) -> Crossovers | None:
+    # On a GPU dense torch computes each dtype on units of its own.
+    for wanted in (dtype, torch.float32) if device.type == "cpu" else (dtype,):
+        key = table_key(device.type, kind, wanted, batch_last)
+        if (measured := _stored(device).get(key)) is not None:
             return Crossovers(*measured, "calibrated on this machine")
         if key in DEFAULTS:
             return Crossovers(*DEFAULTS[key], "default table")
@@ -105,14 +109,16 @@ def calibrate(
 
     Dense and sparse are run in turn on mid-sized layers at several densities, medians compared, and the density at
     which they take the same time is interpolated; ``seconds`` per kind, dtype and layout. They hold for the current
-    number of threads and torch version. store=False measures only. A cache folder that cannot be written is an OSError.
+    torch version and GPU or, on the CPU, instruction set and number of threads. store=False measures only. A cache
+    folder that cannot be written is an OSError.
     """
     device = torch.device(device)
     if unknown := sorted(set(kinds) - set(_SHAPES)):
         raise ValueError(f"calibrate: kinds must be among {sorted(_SHAPES)}, got {unknown[0]!r}")
     if not seconds > 0:
         raise ValueError(f"calibrate: seconds must be positive, got {seconds}")
-    _sparse_route(device.type)
+    for dtype in dtypes:
+        _sparse_route(device, dtype)
     found = {}
     for kind in kinds:
         for dtype in dtypes:
@@ -120,14 +126,15 @@ def calibrate(
                 key = table_key(device.type, kind, dtype, batch_last)
                 found[key] = _measure(kind, device, dtype, batch_last, seconds)
     if store:
-        _write(found)
+        _write(device, found)
     return found
 
 
-def machine_key(device_type: str = "cpu") -> str:
+def machine_key(device: torch.device) -> str:
     """What stored numbers hold for."""
-    name = torch.cuda.get_device_name() if device_type == "cuda" else _C.best_instruction_set()
-    return f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return f"torch {torch.__version__}, {torch.cuda.get_device_name(device)}"
+    return f"torch {torch.__version__}, {_C.best_instruction_set()}, {torch.get_num_threads()} threads"
 
 
 @cache
@@ -138,16 +145,16 @@ def _all_stored() -> dict:
         return {}
 
 
-def _stored() -> dict[str, Sequence[float]]:
-    """This machine's numbers; none when there is no file, or one that is not ours."""
+def _stored(device: torch.device) -> dict[str, Sequence[float]]:
+    """This device's numbers; none when there is no file, or one that is not ours."""
     everything = _all_stored()
-    mine = everything.get(machine_key()) if isinstance(everything, dict) else None
+    mine = everything.get(machine_key(device)) if isinstance(everything, dict) else None
     return mine if isinstance(mine, dict) else {}
 
 
-def _write(found: dict[str, tuple[float, float, float]]) -> None:
+def _write(device: torch.device, found: dict[str, tuple[float, float, float]]) -> None:
     forget()
-    everything = {**_all_stored(), machine_key(): {**_stored(), **found}}
+    everything = {**_all_stored(), machine_key(device): {**_stored(device), **found}}
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and renamed, so that another process never reads half a file.
@@ -169,17 +176,18 @@ _SHAPES = {
     "conv1x1": ((32, 128, 128, 16), (32, 256, 256, 16)),
     "linear": ((128, 1024, 1024), (256, 2048, 1024)),
 }
-_DENSITIES = (0.8, 0.6, 0.45, 0.3, 0.2, 0.1)
+_DENSITIES = {"cpu": (0.8, 0.6, 0.45, 0.3, 0.2, 0.1), "cuda": (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)}
+# A GPU is kept as busy as a training step keeps it: larger batches, and calls that follow each other without waiting.
+_GPU_BATCHES, _GPU_CALLS = 4, 10
 
 
 def _measure(kind: str, device: torch.device, dtype: torch.dtype, batch_last: bool, seconds: float):
     """The three crossovers of one table row."""
-    found = []
-    per_shape = seconds / len(_SHAPES[kind])
+    found, densities = [], _DENSITIES[device.type]
+    per_density = seconds / len(_SHAPES[kind]) / len(densities)
     for shape in _SHAPES[kind]:
-        ratios = [_ratios(kind, shape, density, device, dtype, batch_last, per_shape / len(_DENSITIES))
-                  for density in _DENSITIES]  # fmt: skip
-        found.append([crossing(_DENSITIES, [r[i] for r in ratios]) for i in range(3)])
+        ratios = [_ratios(kind, shape, density, device, dtype, batch_last, per_density) for density in densities]
+        found.append([crossing(densities, [r[i] for r in ratios]) for i in range(3)])
     # The lower of the shapes' crossovers: above it dense is never slower than torch, below it sparse is not.
     return tuple(round(min(column), 3) for column in zip(*found, strict=True))
 
@@ -206,6 +214,8 @@ def _ratios(kind, shape, density, device, dtype, batch_last, seconds) -> tuple[f
         return torch.randn(*size, generator=generator).to(device, dtype)
 
     batch, in_channels, out_channels = shape[:3]
+    if device.type == "cuda":
+        batch *= _GPU_BATCHES
     taps = {"conv": (3, 3), "conv1x1": (1, 1), "linear": ()}[kind]
     size = (shape[3], shape[3]) if taps else ()
     pattern = Pattern.random((out_channels, in_channels, *taps), density, generator=generator).to(device)
@@ -216,7 +226,7 @@ def _ratios(kind, shape, density, device, dtype, batch_last, seconds) -> tuple[f
         x, grad_out = to_batch_last(x), to_batch_last(grad_out)
     values = random(pattern.nnz)
     weight = torch.ops.ilnas.scatter_live(values, pattern.row_ptr, pattern.col, pattern.shape, pattern.stride)
-    route, isa = _sparse_route(device.type), ""
+    route, isa = _sparse_route(device, dtype), ""
     pairs = [
         (lambda: call.forward_sparse(x, values, None, route, isa), lambda: call.forward_dense(x, weight, None)),
         *(
@@ -231,23 +241,25 @@ def _ratios(kind, shape, density, device, dtype, batch_last, seconds) -> tuple[f
         return tuple(_time_ratio(sparse, dense, device, seconds / 3) for sparse, dense in pairs)
 
 
-def _sparse_route(device_type: str) -> str:
-    from .dispatch import sparse_route  # dispatch reads this module's table
+def _sparse_route(device: torch.device, dtype: torch.dtype) -> str:
+    from .dispatch import sparse_route, why_no_sparse_route  # dispatch reads this module's table
 
-    if (route := sparse_route(device_type)) is None:
-        raise ValueError(f"calibrate: device has no sparse kernels here, got {device_type!r}")
+    if (route := sparse_route(device, dtype)) is None:
+        raise ValueError(f"calibrate: {why_no_sparse_route(device, dtype)}")
     return route
 
 
 def _time_ratio(sparse: Callable, dense: Callable, device: torch.device, seconds: float) -> float:
     """Median time of one over the median time of the other, run in turn."""
     times: tuple[list[float], list[float]] = ([], [])
+    calls = _GPU_CALLS if device.type == "cuda" else 1
     sparse(), dense()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[0]) < 3:
         for function, taken in zip((sparse, dense), times, strict=True):
             start = time.perf_counter()
-            function()
+            for _ in range(calls):
+                function()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             taken.append(time.perf_counter() - start)

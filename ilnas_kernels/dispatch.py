@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C, _cuda_routes
+from . import _C, _blocked_topk, _cuda_routes
 from .calibration import Crossovers, crossovers_for
 from .layout import is_strided_batch_last
 from .pattern import Pattern
@@ -103,34 +103,42 @@ def forced_route() -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _crossovers(device: str, kind: str, dtype: torch.dtype, batch_last: bool) -> Crossovers:
+def _crossovers(device: torch.device, kind: str, dtype: torch.dtype, batch_last: bool) -> Crossovers:
     return crossovers_for(device, kind, dtype, batch_last)
 
 
 @torch.compiler.assume_constant_result
-def sparse_route(device: str, dtype: torch.dtype = torch.float32) -> str | None:
-    """The sparse kernels for a kind of device and a dtype; None where there are none."""
-    if device == "cpu":
+def sparse_route(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """The sparse kernels for a device and a dtype; None where there are none."""
+    if device.type == "cpu":
         return "sparse"
-    if device != "cuda" or dtype == torch.float64:
+    if device.type != "cuda" or dtype == torch.float64:
         return None
-    if _cuda_routes.kernels_run():
+    if _cuda_routes.why_not(device) is None:
         return "cuda"
-    return "triton" if _triton_serves(dtype) else None
+    return "triton" if _why_not_triton(device, dtype) is None else None
 
 
 @cache
-def _triton_serves(dtype: torch.dtype) -> bool:
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if find_spec("triton") is None:
-        return False
+        return "Triton is not installed"
     from . import triton  # registers the operators
 
-    return triton.why_not(dtype, torch.device("cuda"), 0) is None
+    return triton.why_not(dtype, device, 0)
+
+
+def why_no_sparse_route(device: torch.device, dtype: torch.dtype) -> str:
+    """The sentence where :func:`sparse_route` has none."""
+    why = f"there are no sparse kernels for {dtype} on {device.type} here"
+    if device.type == "cuda" and dtype != torch.float64:
+        why += f": {_cuda_routes.why_not(device)}, and {_why_not_triton(device, dtype)}"
+    return why
 
 
 def routes_for(call, x: Tensor) -> Routes:
     """The three routes of a call on checked operands of the dtype it computes in."""
-    device = x.device.type
+    device = x.device
     sparse, forced = sparse_route(device, x.dtype), forced_route()
     if sparse == "triton" and x.numel() >= 2**31 * max(x.shape[1], 1):
         sparse = None  # its positions are numbered with 32 bits
@@ -162,14 +170,18 @@ def converts_layout(call, x: Tensor) -> bool:
     return call.weight_dim == 4 and is_strided_batch_last(x)
 
 
-def topk_route(x: Tensor, grad_out: Tensor) -> tuple[Callable, Tensor, Tensor]:
+# The largest weight that absent_topk's kernels can rank: an index is part of the key they sort by.
+_MOST_RANKED = {"sparse": 2**32, "cuda": 2**32 - 2, "triton": 2**31 - 1}
+
+
+def topk_route(x: Tensor, grad_out: Tensor, pattern: Pattern) -> tuple[Callable, Tensor, Tensor]:
     """The operator for absent_topk, and its operands where it runs."""
-    device = x.device.type
-    if device != "cpu" and sparse_route(device, x.dtype) is None:
-        x, grad_out = x.float(), grad_out.float()  # what is returned is float32 anyway
-    if sparse_route(device, x.dtype) == "triton":
-        return _topk_triton, x, grad_out
-    return torch.ops.ilnas.absent_topk, x, grad_out
+    route = sparse_route(x.device, x.dtype)
+    if route is None and (in_float := sparse_route(x.device)) is not None:
+        route, x, grad_out = in_float, x.float(), grad_out.float()  # what is returned is float32 anyway
+    if route is None or pattern.numel > _MOST_RANKED[route]:
+        return _blocked_topk.absent_topk, x, grad_out
+    return _topk_triton if route == "triton" else torch.ops.ilnas.absent_topk, x, grad_out
 
 
 def _topk_triton(*arguments):
@@ -180,14 +192,14 @@ def _topk_triton(*arguments):
 def explain(call, x: Tensor) -> Explanation:
     """Why :func:`routes_for` says what it says; only device, dtype and layout of ``x`` are looked at."""
     routes, density = routes_for(call, x), call.pattern.density
-    crossovers = _crossovers(x.device.type, call.kind, x.dtype, converts_layout(call, x))
+    crossovers = _crossovers(x.device, call.kind, x.dtype, converts_layout(call, x))
     choices = []
     for operation, route in routes._asdict().items():
         crossover = getattr(crossovers, operation)
         if forced_route() is not None:
             why = "forced by use_route"
-        elif sparse_route(x.device.type, x.dtype) is None:
-            why = f"there are no sparse kernels for {x.dtype} on {x.device.type} here"
+        elif sparse_route(x.device, x.dtype) is None:
+            why = f"{why_no_sparse_route(x.device, x.dtype)}; absent_topk computes the dense gradient in blocks"
         elif call.pattern.nnz == call.pattern.numel:
             why = "all weights are live, so this is plain torch"
         else:

@@ -121,7 +121,7 @@ def topk_with_count(
     k = min(k, candidates)
     if k == 0 or col.numel() == pattern.numel:
         return x.new_empty(0, dtype=torch.int64), x.new_empty(0, dtype=torch.float32), 0
-    name, x, grad_out = dispatch.topk_route(x, grad_out)
+    name, x, grad_out = dispatch.topk_route(x, grad_out, pattern)
     index, grad, non_finite = name(x, grad_out, row_ptr, col, k, *geometry, by_kernel, floor, dispatch.isa_argument())
     found = int((index >= 0).sum())
     return index[:found], grad[:found], int(non_finite)

@@ -6,7 +6,18 @@ from comparison import LAYOUTS, assert_sum_close, in_layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ilnas_kernels import Pattern, absent_topk, masked_conv2d, masked_linear, reference, use_route
+from ilnas_kernels import (
+    Pattern,
+    _blocked_topk,
+    absent_topk,
+    dispatch,
+    instruction_set,
+    instruction_sets,
+    masked_conv2d,
+    masked_linear,
+    reference,
+    use_route,
+)
 from ilnas_kernels.layout import layout_of
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -259,6 +270,18 @@ def test_autocast_takes_the_dtype_that_torch_takes(route, x_dtype):
     assert weight.grad[~mask].count_nonzero() == 0
 
 
+@pytest.fixture(params=[*sorted(name for name, runs in instruction_sets().items() if runs), "blocked"])
+def topk_kernel(request, monkeypatch):
+    """Each instruction set, and plain torch in blocks of a row or two, as where a device has no kernel."""
+    if request.param != "blocked":
+        with instruction_set(request.param):
+            yield request.param
+        return
+    monkeypatch.setattr(dispatch, "sparse_route", lambda device, dtype=torch.float32: None)
+    monkeypatch.setattr(_blocked_topk, "_BLOCK", 100)
+    yield request.param
+
+
 def check_topk(x, grad_out, mask, k, *, terms, **options):
     """The k best by a float64 count, where candidates closer than the error bound may change places."""
     geometry = {key: options[key] for key in ("stride", "padding", "dilation", "groups") if key in options}
@@ -285,7 +308,7 @@ def check_topk(x, grad_out, mask, k, *, terms, **options):
 
 @pytest.mark.parametrize("granularity", ("weight", "kernel"))
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_topk_of_convolution(name, granularity, isa):
+def test_topk_of_convolution(name, granularity, topk_kernel):
     x, weight, mask, _ = conv_problem(*CONVOLUTIONS[name], torch.float32)
     geometry = CONVOLUTIONS[name][5]
     out = reference.masked_conv2d(x, weight, mask, **geometry)
@@ -299,14 +322,14 @@ def test_topk_of_convolution(name, granularity, isa):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("granularity", ("weight", "kernel"))
-def test_topk_of_linear(granularity, dtype, isa):
+def test_topk_of_linear(granularity, dtype, topk_kernel):
     x, grad_out = torch.randn(3, 7, 33).to(dtype), torch.randn(3, 7, 29).to(dtype)
     mask = torch.rand(29, 33) < 0.3
     for k in (1, 50, 29 * 33):
         check_topk(x, grad_out, mask, k, terms=21, granularity=granularity)
 
 
-def test_topk_ties_go_to_the_lowest_index(isa):
+def test_topk_ties_go_to_the_lowest_index(topk_kernel):
     mask = torch.zeros(6, 5, dtype=torch.bool)
     mask[0, :2] = True
     index, grad = absent_topk(torch.ones(3, 5), torch.ones(3, 6), mask, 4)
@@ -314,7 +337,7 @@ def test_topk_ties_go_to_the_lowest_index(isa):
     assert grad.tolist() == [3.0] * 4
 
 
-def test_topk_of_an_all_live_layer_and_of_a_zero_batch():
+def test_topk_of_an_all_live_layer_and_of_a_zero_batch(topk_kernel):
     index, grad = absent_topk(torch.ones(3, 5), torch.ones(3, 6), torch.ones(6, 5, dtype=torch.bool), 4)
     assert index.shape == grad.shape == (0,)
     index, grad = absent_topk(torch.ones(0, 5), torch.ones(0, 6), torch.zeros(6, 5, dtype=torch.bool), 4)
@@ -322,7 +345,7 @@ def test_topk_of_an_all_live_layer_and_of_a_zero_batch():
     assert grad.tolist() == [0.0] * 4
 
 
-def test_topk_refuses_non_finite_gradients(isa):
+def test_topk_refuses_non_finite_gradients(topk_kernel):
     x = torch.ones(3, 5)
     x[1, 2] = torch.nan
     with pytest.raises(ArithmeticError, match="6 absent candidates are NaN or infinite"):

@@ -13,8 +13,8 @@ from tests.cuda.test_absent_topk import check_ranking, reference
 
 if find_spec("ilnas_kernels._C_cuda") is None:
     pytest.skip("the CUDA kernels are not built", allow_module_level=True)
-if not _cuda_routes.kernels_run():
-    pytest.skip("no GPU of compute capability 7.5 or newer", allow_module_level=True)
+if (reason := _cuda_routes.why_not(torch.device("cuda", 0))) is not None:
+    pytest.skip(reason, allow_module_level=True)
 
 ARCH = torch.cuda.get_device_capability()
 CASES = [

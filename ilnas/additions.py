@@ -1,66 +1,66 @@
 """Additions of nodes and layers that leave the network's function as it is (PAPER 3.2, figure 1)."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from ilnas.structure import Structure
-from ilnas.template import Block, MaskedLayer, Network, conv_layer, linear_layer, masked_layers
+from ilnas.structure import Part, Structure, identity_name, layer_name
+from ilnas.template import MaskedLayer, Network, masked_layer, masked_layers
 from ilnas_kernels import Pattern, grow_
 
-BlockKey = tuple[int, int]  # stage, block
-FanIn = dict[BlockKey, list[tuple[Tensor, Tensor]]]
+FanIn = dict[Part, list[tuple[Tensor, Tensor]]]
 
 
 def add_nodes(network: Network, fan_in: FanIn, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Append nodes without outgoing weights to blocks.
 
-    fan_in: per block, for each new node the positions of its live inputs within its row of the conv layer, counted in
-    the network as it is before the call, and their values. The bias starts absent. Where identity layers stand in
+    fan_in: per block, for each new node the positions of its live inputs within its row of the block's layer, counted
+    in the network as it is before the call, and their values. The bias starts absent. Where identity layers stand in
     the block, the node passes through each by one weight of 1. No weight leaves the node, so the output cannot change.
     """
-    fan_in = {key: nodes for key, nodes in fan_in.items() if nodes}
+    fan_in = {part: nodes for part, nodes in fan_in.items() if nodes}
     old = network.structure.copy()
-    for (s, b), nodes in fan_in.items():
-        network.structure.stages[s][b].width += len(nodes)
+    for part, nodes in fan_in.items():
+        network.structure.blocks()[part].width += len(nodes)
     _reshape(network, old, optimizer)
-    for (s, b), nodes in fan_in.items():
-        block: Block = network.stages[s].blocks[b]
-        first = old.stages[s][b].width
-        moved = moved_inputs(old, network.structure, f"stages.{s}.blocks.{b}.conv")
-        taps = block.conv.pattern.taps
+    for part, nodes in fan_in.items():
+        layer, *identities = network.block(part).layers
+        first = old.blocks()[part].width
+        moved = moved_inputs(old, network.structure, layer_name(part))
+        inputs, taps = layer.pattern.shape[1], layer.pattern.taps
         index, values = [], []
         for k, (position, value) in enumerate(nodes):
             channel = moved[position // taps]
-            index.append(((first + k) * block.conv.in_channels + channel) * taps + position % taps)
+            index.append(((first + k) * inputs + channel) * taps + position % taps)
             values.append(value)
-        _insert(block.conv, torch.cat(index), torch.cat(values), optimizer)
-        for layer in block.identities:
-            diagonal = identity_index(layer.pattern.shape)[first:]
-            _insert(layer, diagonal, torch.ones(len(diagonal)), optimizer)
+        _insert(layer, torch.cat(index), torch.cat(values), optimizer)
+        for identity in identities:
+            diagonal = identity_index(identity.pattern.shape)[first:]
+            _insert(identity, diagonal, torch.ones(len(diagonal)), optimizer)
 
 
-def add_identity(network: Network, key: BlockKey, optimizer: torch.optim.Optimizer | None = None) -> str:
-    """Put an identity conv layer (weight 1 at the centre of the diagonal, biases absent) between a block's last ReLU
-    and its BN, and return its name: ReLU(ReLU(x)) = ReLU(x), so the output does not change."""
-    s, b = key
-    structure, block = network.structure, network.stages[s].blocks[b]
-    shape = structure.identity_shape(s, b)
-    layer = conv_layer(Pattern.from_index(shape, identity_index(shape)))
+def add_identity(network: Network, part: Part, optimizer: torch.optim.Optimizer | None = None) -> str:
+    """Put an identity layer (weight 1 at the centre of the diagonal, biases absent) behind a block's last ReLU, in a
+    stage before its BN, and return its name: ReLU(ReLU(x)) = ReLU(x), so the output does not change."""
+    structure, block = network.structure, network.block(part)
+    shape = structure.identity_shape(part)
+    layer = masked_layer(Pattern.from_index(shape, identity_index(shape)))
     with torch.no_grad():
         layer.values.fill_(1.0)
         layer.bias.zero_()
-    layer.set_bias_mask(torch.zeros(block.conv.out_channels, dtype=torch.bool))
+    layer.set_bias_mask(torch.zeros(shape[0], dtype=torch.bool))
     block.identities.append(layer)
-    structure.stages[s][b].identities += 1
+    structure.blocks()[part].identities += 1
     if optimizer is not None:
         settings = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
         optimizer.add_param_group({"params": list(layer.parameters()), **settings})
-    return f"stages.{s}.blocks.{b}.identities.{len(block.identities) - 1}"
+    return identity_name(part, len(block.identities) - 1)
 
 
 def identity_index(shape: tuple[int, ...]) -> Tensor:
-    """Flat positions of the centre taps on the diagonal of a weight [width, width, k, k]."""
-    taps = shape[2] * shape[3]
+    """Flat positions of the centre taps on the diagonal of a weight [width, width, *kernel]."""
+    taps = math.prod(shape[2:])
     return torch.arange(shape[0]) * (shape[1] * taps + taps) + taps // 2
 
 
@@ -79,16 +79,16 @@ def _reshape(network: Network, old: Structure, optimizer: torch.optim.Optimizer 
         channel = moved_inputs(old, network.structure, name)[col // taps]
         pattern = Pattern.from_index(shapes[name], (row * shapes[name][1] + channel) * taps + col % taps)
         _replace(network, name, layer, pattern, optimizer)
-    for s, stage in enumerate(network.stages):
-        for b, block in enumerate(stage.blocks):
-            _widen_norm(block.norm, network.structure.stages[s][b].width, optimizer)
+    for stage in network.stages:
+        for block in stage.blocks:
+            _widen_norm(block.norm, block.conv.out_channels, optimizer)
 
 
 def _replace(
     network: Network, name: str, layer: MaskedLayer, pattern: Pattern, optimizer: torch.optim.Optimizer | None
 ) -> None:
     """Put a layer with another pattern of as many live weights in the place of ``layer``, with the same Parameters."""
-    made = linear_layer(pattern) if len(pattern.shape) == 2 else conv_layer(pattern)
+    made = masked_layer(pattern)
     made.values, made.bias = layer.values, layer.bias
     new = pattern.shape[0] - layer.bias.numel()
     mask = layer.bias_mask

@@ -78,10 +78,8 @@ def narrowed(structure: Structure, budget: int) -> Structure:
 
     def scaled(scale: float) -> Structure:
         copy = structure.copy()
-        for stage in copy.stages:
-            for block in stage:
-                block.width = max(1, round(block.width * scale))
-        copy.hidden = [max(1, round(width * scale)) for width in copy.hidden]
+        for block in copy.blocks().values():
+            block.width = max(1, round(block.width * scale))
         return copy
 
     low, high = 0.0, 1.0
@@ -102,7 +100,7 @@ def initialise(network: Network, generator: torch.Generator) -> None:
     """
     with torch.no_grad():
         for _, layer in masked_layers(network):
-            gain = math.sqrt(1 / 6) if layer is network.head[-1] else 1.0
+            gain = math.sqrt(1 / 6) if layer is network.head[-1].linear else 1.0
             layer.values.copy_(gain * random_values(layer, generator))
             layer.bias.zero_()
 

@@ -14,7 +14,7 @@ from ilnas.structure import Structure
 from ilnas.template import Network, masked_layers
 from ilnas_kernels import Pattern
 
-FORMAT = 1
+FORMAT = 2
 
 
 class RunError(Exception):

@@ -19,7 +19,7 @@ CHOICES = {
     "trigger": ("solved", "interval", "plateau"),
     "ranking": ("global", "quota", "normalised"),
     "selection": ("top", "sampled"),
-    "granularity": ("weight", "kernel", "mixed"),
+    "granularity": ("weight", "kernel", "layer", "mixed", "top-down"),
     "stage_output": ("all", "last"),
     "reduction": ("max", "average"),
     "preset": ("default", "paper"),
@@ -75,7 +75,12 @@ class Config:
     ranking: str = _option("global", "search", "one ranking, a quota by layer, or gradients normalised by layer")
     selection: str = _option("sampled", "search", "the best candidates, or drawn in proportion to the score")
     move: float = _option(0.1, "search", "share of the live weights, the smallest, that is moved at each expansion")
-    granularity: str = _option("weight", "search", "what is added: weights, whole kernels, or kernels first")
+    granularity: str = _option(
+        "weight",
+        "search",
+        "what is added together: single weights; kernels; as much of a layer as the step adds; kernels, later weights; "
+        "or layers, kernels, weights in turn",
+    )
     nodes: int = _option(0, "search", "placeholder nodes offered per layer at each expansion")
     fan_in: int = _option(0, "search", "live inputs of a placeholder; 0 for the layer's mean")
     layers: int = _option(0, "search", "identity layers offered at each expansion")

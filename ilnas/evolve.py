@@ -27,8 +27,6 @@ from ilnas.selection import Conditions, choose
 from ilnas.template import Network, live_parameters, masked_layers
 from ilnas_kernels import Pattern
 
-NORM_PER_NODE = 2  # weight and bias of the normalisation
-
 
 def architecture_step(
     network: nn.Module, optimizer: torch.optim.Optimizer, config: Config, batches: Batches, step: int, target: int,
@@ -125,10 +123,7 @@ class _Step:
         pool = self._pool(hyper, missing, exclude)
         conditions = Conditions(torch.full((len(pool),), -1))
         if offers is not None:
-            pool, conditions = conditions_of(pool, hyper, offers)
-            if config.count_norm:
-                nodes = sum(map(len, offers.nodes.values()))
-                conditions.cost = [c + NORM_PER_NODE * (i < nodes) for i, c in enumerate(conditions.cost)]
+            pool, conditions = conditions_of(pool, hyper, offers, count_norm=config.count_norm)
         selection = "top" if config.method == "random" else config.selection
         chosen, picked = choose(pool, conditions, missing, selection, self.generator)
         pool = pool.take(chosen)

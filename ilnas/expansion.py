@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ilnas.granularity import Pool, pool_of_kernels, pool_of_weights
+from ilnas.granularity import Pool, best_layers, pool_of_kernels, pool_of_weights
 from ilnas.template import masked_layers
 from ilnas_kernels import AbsentTopK, Pattern, grow_, prune_
 
@@ -40,10 +40,18 @@ def score_candidates(
     final score is |g + g*| with g* taken at W* on scoring batch 1. Raises NonFinite.
     """
     options = ranking_options(hyper, count, scoring, backward)
-    taps = max(layer.pattern.taps for _, layer in masked_layers(hyper))
-    first_level = max(1, -(-count // taps)) if grain == "kernel" else count
+    scale = options.get("scale", {})
+    layers = dict(masked_layers(hyper))
+    first_level, kind, members = count, "weight", max(1, round(count / scoring.candidates))
+    if grain == "kernel":
+        taps = max(layer.pattern.taps for layer in layers.values())
+        first_level, kind = max(1, -(-count // taps)), "kernel"
+    elif grain == "layer":
+        first_level = sum(members + layer.pattern.shape[0] for layer in layers.values())  # weights and biases
+        quota = options.get("per_layer", {})
+        options["per_layer"] = {name: min(members, quota.get(name, members)) for name in layers}
     clear_gradients(hyper)
-    with AbsentTopK(hyper, first_level, granularity=grain, exclude=exclude, allow_non_finite=True, **options) as search:
+    with AbsentTopK(hyper, first_level, granularity=kind, exclude=exclude, allow_non_finite=True, **options) as search:
         backward(hyper, 0)
     if search.result.non_finite or not gradients_finite(hyper):
         raise NonFinite(f"non-finite gradients at candidates of {', '.join(search.result.non_finite) or 'no layer'}")
@@ -57,6 +65,9 @@ def score_candidates(
             descend(hyper, scoring.hyper_lr)
     else:
         pool = pool_of_weights(search, hyper)
+        if grain == "layer":
+            rescale(pool, scale)
+            pool = best_layers(pool, members, count)
         if scoring.hyper_step:
             descend(hyper, scoring.hyper_lr)
             grow_candidates(hyper, pool, -scoring.hyper_lr)
@@ -67,9 +78,14 @@ def score_candidates(
         pool.score = (pool.grad + gradients_at(hyper, pool)).abs()
     if not bool(pool.score.isfinite().all()):
         raise NonFinite("non-finite gradients in the hyper-architecture")
-    for name, factor in options.get("scale", {}).items():
-        pool.score[pool.layer == pool.names.index(name)] *= factor
+    rescale(pool, scale)
     return pool
+
+
+def rescale(pool: Pool, scale: dict[str, float]) -> None:
+    """Multiply the scores of each layer by its factor."""
+    for name, factor in scale.items():
+        pool.score[pool.layer == pool.names.index(name)] *= factor
 
 
 def ranking_options(model: nn.Module, count: int, scoring: Scoring, backward: Backward) -> dict:
@@ -198,7 +214,8 @@ def gradients_at(model: nn.Module, pool: Pool) -> Tensor:
         layer = layers[name]
         grad = weight_gradient(layer)
         found[weights] = grad[torch.searchsorted(layer.pattern.index, pool.index[weights])].float()
-        found[biases] = layer.bias.grad[pool.index[biases]].float()
+        if len(biases):
+            found[biases] = layer.bias.grad[pool.index[biases]].float()
     return found
 
 

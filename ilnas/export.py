@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ilnas.checkpoint import RunFolder, network_from_state
-from ilnas.structure import Structure
+from ilnas.structure import Part, Structure, identity_name, layer_name
 from ilnas.template import MaskedLayer, Network, live_parameters
 
-Kept = dict[tuple, Tensor]
-"""By group of nodes (keys of Structure.node_offsets) which nodes stay, bool; ("chain", s, b, i) for the nodes inside a
-block, behind its i-th conv layer, where identity layers follow."""
+Kept = dict[Part, Tensor]
+"""By group of nodes which of them stay, bool; (*part, i) for the nodes behind the i-th layer of a block in which
+identity layers follow."""
 
 
 class PlainBlock(nn.Module):
@@ -66,28 +66,13 @@ def to_plain(network: Network, *, squeeze: bool = True) -> PlainNetwork:
     """
     structure = network.structure
     kept = needed_nodes(network) if squeeze else {}
-    stages = []
+    stages: list[list[PlainBlock]] = [[] for _ in structure.stages]
     for s, stage in enumerate(network.stages):
-        blocks = []
         for b, block in enumerate(stage.blocks):
-            inputs = _input_mask(structure, f"stages.{s}.blocks.{b}.conv", kept)
-            convs = []
-            layers = [block.conv, *block.identities]
-            for i, layer in enumerate(layers):
-                last = i + 1 == len(layers)
-                rows = kept.get(("block", s, b) if last else ("chain", s, b, i), torch.ones(len(layer.bias)).bool())
-                convs.append(_plain_conv(layer, rows, inputs))
-                inputs = rows
-            blocks.append(PlainBlock(convs, _plain_norm(block.norm, inputs)))
-        stages.append(blocks)
-    head = []
-    for i, layer in enumerate(network.head):
-        rows = kept.get(("hidden", i), torch.ones(len(layer.bias)).bool())
-        inputs = _input_mask(structure, f"head.{i}", kept)
-        dense = layer.to_dense()
-        plain = nn.Linear(int(inputs.sum()), int(rows.sum()))
-        _fill(plain, dense.weight[rows][:, inputs], dense.bias[rows])
-        head.append(plain)
+            part = ("block", s, b)
+            norm = _plain_norm(block.norm, kept.get(part, torch.ones(block.conv.out_channels).bool()))
+            stages[s].append(PlainBlock(_plain_layers(network, part, kept), norm))
+    head = [layer for i in range(len(network.head)) for layer in _plain_layers(network, ("hidden", i), kept)]
     plain = PlainNetwork(stages, head, structure.head_grid, structure.stage_output, structure.reduction)
     return plain.eval()
 
@@ -115,18 +100,15 @@ def needed_nodes(network: Network) -> Kept:
     return kept
 
 
-def _layers_backwards(network: Network) -> Iterator[tuple[str, MaskedLayer, tuple, tuple | None]]:
-    """(name, layer, its nodes, the chain's nodes it reads or None where it reads groups of the structure)."""
-    for i in reversed(range(len(network.head))):
-        yield f"head.{i}", network.head[i], ("hidden", i), None
-    for s in reversed(range(len(network.stages))):
-        blocks = network.stages[s].blocks
-        for b in reversed(range(len(blocks))):
-            nodes: tuple = ("block", s, b)
-            for i in reversed(range(len(blocks[b].identities))):
-                yield f"stages.{s}.blocks.{b}.identities.{i}", blocks[b].identities[i], nodes, ("chain", s, b, i)
-                nodes = ("chain", s, b, i)
-            yield f"stages.{s}.blocks.{b}.conv", blocks[b].conv, nodes, None
+def _layers_backwards(network: Network) -> Iterator[tuple[str, MaskedLayer, Part, Part | None]]:
+    """(name, layer, its nodes, the nodes inside its block that it reads, or None where it reads whole groups)."""
+    for part in reversed([*network.structure.blocks(), ("hidden", len(network.head) - 1)]):
+        nodes = part
+        first, *identities = network.block(part).layers
+        for i in reversed(range(len(identities))):
+            yield identity_name(part, i), identities[i], nodes, (*part, i)
+            nodes = (*part, i)
+        yield layer_name(part), first, nodes, None
 
 
 def _input_mask(structure: Structure, layer: str, kept: Kept) -> Tensor:
@@ -136,10 +118,28 @@ def _input_mask(structure: Structure, layer: str, kept: Kept) -> Tensor:
     return torch.cat(masks).repeat_interleave(structure.cells(layer))
 
 
-def _plain_conv(layer: MaskedLayer, rows: Tensor, inputs: Tensor) -> nn.Conv2d:
+def _plain_layers(network: Network, part: Part, kept: Kept) -> list[nn.Module]:
+    """The layers of one group of nodes."""
+    inputs = _input_mask(network.structure, layer_name(part), kept)
+    layers, made = network.block(part).layers, []
+    for i, layer in enumerate(layers):
+        nodes = part if i + 1 == len(layers) else (*part, i)
+        rows = kept.get(nodes, torch.ones(len(layer.bias)).bool())
+        made.append(_plain_layer(layer, rows, inputs))
+        inputs = rows
+    return made
+
+
+def _plain_layer(layer: MaskedLayer, rows: Tensor, inputs: Tensor) -> nn.Module:
     dense = layer.to_dense()
-    plain = nn.Conv2d(int(inputs.sum()), int(rows.sum()), layer.kernel_size, padding=layer.padding)
-    _fill(plain, dense.weight[rows][:, inputs], dense.bias[rows])
+    sizes = int(inputs.sum()), int(rows.sum())
+    if isinstance(dense, nn.Conv2d):
+        plain: nn.Module = nn.Conv2d(*sizes, layer.kernel_size, padding=layer.padding)
+    else:
+        plain = nn.Linear(*sizes)
+    with torch.no_grad():
+        plain.weight.copy_(dense.weight[rows][:, inputs])
+        plain.bias.copy_(dense.bias[rows])
     return plain
 
 
@@ -149,12 +149,6 @@ def _plain_norm(norm: nn.BatchNorm2d, nodes: Tensor) -> nn.BatchNorm2d:
         for name in ("weight", "bias", "running_mean", "running_var"):
             getattr(plain, name).copy_(getattr(norm, name)[nodes])
     return plain
-
-
-@torch.no_grad()
-def _fill(plain: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    plain.weight.copy_(weight)
-    plain.bias.copy_(bias)
 
 
 def export_run(run: RunFolder, folder: Path, *, onnx: bool = False) -> list[str]:

@@ -1,4 +1,4 @@
-"""Candidates in groups: an element of alpha is a single weight, or a whole kernel (PAPER 3.4)."""
+"""Candidates in groups: an element of alpha is a single weight, a kernel, or a layer (PAPER 3.4)."""
 
 from dataclasses import dataclass
 
@@ -45,11 +45,13 @@ class Pool:
 _COLUMNS = ("layer", "index", "is_bias", "grad", "group", "score")
 
 
+SEQUENCES = {"mixed": ("kernel", "weight"), "top-down": ("layer", "kernel", "weight")}
+
+
 def grain_at(granularity: str, progress: float) -> str:
-    """The grain at a share of the growth period: "mixed" goes top-down, kernels in the first half, then weights."""
-    if granularity == "mixed":
-        return "kernel" if progress < 0.5 else "weight"
-    return granularity
+    """The grain at a share of the growth period, which the grains of a sequence divide equally."""
+    grains = SEQUENCES.get(granularity, (granularity,))
+    return grains[min(int(progress * len(grains)), len(grains) - 1)]
 
 
 def pool_of_weights(search: AbsentTopK, model: nn.Module) -> Pool:
@@ -85,6 +87,24 @@ def pool_of_kernels(search: AbsentTopK, model: nn.Module) -> Pool:
     if groups:
         pool.group = torch.cat(groups)
     return pool
+
+
+def best_layers(pool: Pool, members: int, count: int) -> Pool:
+    """Of a pool of single candidates the best layers, enough of them for ``count`` candidates.
+
+    A layer has more absent weights than the budget allows: its group is its ``members`` best candidates, as many as
+    are to be added over the network.
+    """
+    best = []
+    for number in range(len(pool.names)):
+        inside = (pool.layer == number).nonzero().flatten()
+        best.append(inside[pool.score[inside].argsort(descending=True, stable=True)[:members]])
+    pool = pool.take(torch.cat(best))
+    pool.group = pool.layer.clone()
+    layers, sizes, scores = group_scores(pool)
+    order = scores.argsort(descending=True, stable=True)
+    enough = int((sizes[order].cumsum(0) < count).sum()) + 1
+    return pool.take(torch.isin(pool.layer, layers[order[:enough]]))
 
 
 def group_scores(pool: Pool) -> tuple[Tensor, Tensor, Tensor]:

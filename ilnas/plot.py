@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from ilnas.checkpoint import RunFolder, network_from_state
+from ilnas.structure import Part, is_identity, output_part
 from ilnas.template import Network, masked_layers
 from ilnas_kernels import MaskedConv2d
 
@@ -149,7 +150,7 @@ def part_edges(network: Network) -> dict[tuple[tuple, tuple], int]:
     structure = network.structure
     edges: dict[tuple[tuple, tuple], int] = {}
     for name, layer in masked_layers(network):
-        offsets, target = structure.node_offsets(), structure.output_part(name)
+        offsets, target = structure.node_offsets(), output_part(name)
         channels = layer.pattern.col.long() // layer.pattern.taps
         start = 0
         for part in structure.input_parts(name):
@@ -198,15 +199,13 @@ def _mark_expansions(axes, log: Log) -> None:
 
 
 def _short(name: str) -> str:
-    """ "stages.1.blocks.0.identities.2" as "stage 1 layer 0 +2"."""
-    parts = name.split(".")
-    if parts[0] == "head":
-        return f"head {parts[1]}"
-    extra = f" +{int(parts[5]) + 1}" if parts[4] == "identities" else ""
-    return f"stage {parts[1]} layer {parts[3]}{extra}"
+    """ "stages.1.blocks.0.identities.2" as "stage 1 layer 0 +3"."""
+    kind, *numbers = output_part(name)
+    place = f"head {numbers[0]}" if kind == "hidden" else "stage {} layer {}".format(*numbers)
+    return f"{place} +{int(name.split('.')[-1]) + 1}" if is_identity(name) else place
 
 
-def _part_label(network: Network, part: tuple) -> str:
+def _part_label(network: Network, part: Part) -> str:
     if part[0] == "image":
         return "image"
     if part[0] == "block":

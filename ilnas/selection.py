@@ -25,8 +25,8 @@ def choose(
     """Positions in the pool of the candidates to add, and the conditions they need; together at most ``budget``.
 
     selection "top": groups by falling score. "sampled": groups drawn without replacement, each time in proportion to
-    the score (the largest of log score + Gumbel noise). A group that does not fit any more gives its best members if
-    it needs no further condition, so what is spent falls short of the budget only when candidates run out.
+    the score (the largest of log score + Gumbel noise). A group that does not fit any more gives its best members, so
+    what is spent falls short of the budget only when candidates run out or cannot pay their condition.
     """
     if not len(pool) or budget <= 0:
         return torch.empty(0, dtype=torch.int64), set()
@@ -46,14 +46,10 @@ def choose(
         inside = members[g]
         need = int(conditions.needs[inside[0]])
         extra = 0 if need < 0 or need in paid else conditions.cost[need]
-        if len(inside) + extra > budget:
-            if extra == 0 and budget > 0:
-                best = pool.score[inside].argsort(descending=True, stable=True)[:budget]
-                taken.append(inside[best])
-                budget = 0
-            if budget == 0:
-                break
+        if extra >= budget:
             continue
+        if len(inside) > budget - extra:
+            inside = inside[pool.score[inside].argsort(descending=True, stable=True)[: budget - extra]]
         if need >= 0:
             paid.add(need)
         taken.append(inside)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ilnas.structure import Structure
+from ilnas.structure import Part, Structure, identity_name, layer_name, module_name
 from ilnas_kernels import MaskedConv2d, MaskedLinear, Pattern, to_batch_last
 
 MaskedLayer = MaskedConv2d | MaskedLinear
@@ -26,6 +26,10 @@ class Block(nn.Module):
         self.identities = nn.ModuleList(identities)
         self.norm = nn.BatchNorm2d(conv.out_channels)
 
+    @property
+    def layers(self) -> list[MaskedConv2d]:
+        return [self.conv, *self.identities]
+
     def forward(self, seen: Tensor, memory: Tensor) -> Tensor:
         """seen: all that stands in the stage's memory; returns the same and this block's output behind it."""
         x = self.conv(seen)
@@ -38,6 +42,25 @@ class Block(nn.Module):
             seen, x.to(memory.dtype), norm.weight, norm.bias, norm.running_mean, norm.running_var, self.training,
             norm.momentum, norm.eps, memory,
         )  # fmt: skip
+
+
+class HeadLayer(nn.Module):
+    """A linear layer, with any number of further ReLU + linear (identity layers at first) behind it."""
+
+    def __init__(self, linear: MaskedLinear, identities: list[MaskedLinear]) -> None:
+        super().__init__()
+        self.linear = linear
+        self.identities = nn.ModuleList(identities)
+
+    @property
+    def layers(self) -> list[MaskedLinear]:
+        return [self.linear, *self.identities]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        for layer in self.identities:
+            x = layer(F.relu(x))
+        return x
 
 
 class Stage(nn.Module):
@@ -126,18 +149,21 @@ class Network(nn.Module):
     def __init__(self, structure: Structure, patterns: dict[str, Pattern]) -> None:
         super().__init__()
         self.structure = structure
-        stages = []
-        for s, blocks in enumerate(structure.stages):
-            made = []
-            for b, block in enumerate(blocks):
-                name = f"stages.{s}.blocks.{b}"
-                identities = [conv_layer(patterns[f"{name}.identities.{i}"]) for i in range(block.identities)]
-                made.append(Block(conv_layer(patterns[f"{name}.conv"]), identities))
-            stages.append(Stage(made, structure.stage_output))
-        self.stages = nn.ModuleList(stages)
-        self.head = nn.ModuleList(
-            linear_layer(patterns[f"head.{i}"]) for i in range(len(structure.head_shapes()))
-        )  # fmt: skip
+        blocks = {}
+        for part, block in structure.blocks().items():
+            kind = HeadLayer if part[0] == "hidden" else Block
+            identities = [masked_layer(patterns[identity_name(part, i)]) for i in range(block.identities)]
+            blocks[part] = kind(masked_layer(patterns[layer_name(part)]), identities)
+        self.stages = nn.ModuleList(
+            Stage([blocks["block", s, b] for b in range(len(stage))], structure.stage_output)
+            for s, stage in enumerate(structure.stages)
+        )
+        classes = HeadLayer(masked_layer(patterns[layer_name(("hidden", len(structure.hidden)))]), [])
+        self.head = nn.ModuleList([*(blocks["hidden", i] for i in range(len(structure.hidden))), classes])
+
+    def block(self, part: Part) -> "Block | HeadLayer":
+        """The module of a group of nodes (a key of ``structure.blocks()``)."""
+        return self.get_submodule(module_name(part))
 
     def forward(self, x: Tensor) -> Tensor:
         x = to_batch_last(x)
@@ -161,16 +187,15 @@ def pooled_to_grid(x: Tensor, grid: int) -> Tensor:
     return F.adaptive_avg_pool2d(x.permute(1, 0, 2, 3), grid).permute(1, 0, 2, 3).contiguous()
 
 
-def conv_layer(pattern: Pattern) -> MaskedConv2d:
-    """A packed conv layer that keeps the image's size, with the pattern's live weights (values not yet set)."""
-    out_channels, in_channels, size, _ = pattern.shape
-    layer = MaskedConv2d(in_channels, out_channels, size, padding=size // 2, device="meta", mask=pattern)
-    return layer.pack_().to_empty(device=pattern.device)  # by way of meta, so that no dense weight is ever allocated
-
-
-def linear_layer(pattern: Pattern) -> MaskedLinear:
-    """A packed linear layer with the pattern's live weights (values not yet set)."""
-    layer = MaskedLinear(pattern.shape[1], pattern.shape[0], device="meta", mask=pattern)
+def masked_layer(pattern: Pattern) -> MaskedLayer:
+    """A packed layer with the pattern's live weights (values not yet set): linear, or a conv layer that keeps the
+    image's size."""
+    rows, inputs, *kernel = pattern.shape
+    # By way of meta, so that no dense weight is ever allocated.
+    if kernel:
+        layer = MaskedConv2d(inputs, rows, kernel[0], padding=kernel[0] // 2, device="meta", mask=pattern)
+    else:
+        layer = MaskedLinear(inputs, rows, device="meta", mask=pattern)
     return layer.pack_().to_empty(device=pattern.device)
 
 

@@ -6,14 +6,14 @@ import torch
 from torch.nn import functional as F
 
 from ilnas.base import random_network
-from ilnas.structure import Block, Structure
+from ilnas.structure import Block, Structure, output_part
 from ilnas.template import masked_layers
 
 
 def small_structure(**changes):
-    options = {"hidden": [9], "head_grid": 2, "stage_output": "all", "reduction": "max", "kernel_size": 3}
+    options = {"hidden": [9], "head_grid": 2, "stage_output": "all", "reduction": "max", "kernel_size": 3} | changes
     stages = [[Block(5), Block(7)], [Block(6)]]
-    return Structure((2, 9, 8), 4, stages, **(options | changes))
+    return Structure((2, 9, 8), 4, stages, **(options | {"hidden": [Block(width) for width in options["hidden"]]}))
 
 
 def small_network(seed=0, live=600, **changes):
@@ -63,9 +63,10 @@ def plain_forward(network, x):
             parts.append(out)
         x = torch.cat(parts, 1) if structure.stage_output == "all" else parts[-1]
     x = F.adaptive_avg_pool2d(x, structure.head_grid).flatten(1)
-    for i in range(len(network.head)):
-        x = F.linear(x, *layers[f"head.{i}"])
-        x = F.relu(x) if i + 1 < len(network.head) else x
+    for i, block in enumerate(network.head):
+        x = F.linear(F.relu(x) if i else x, *layers[f"head.{i}.linear"])
+        for k in range(len(block.identities)):
+            x = F.linear(F.relu(x), *layers[f"head.{i}.identities.{k}"])
     return x, layers
 
 
@@ -79,7 +80,7 @@ def live_edges(network):
     edges = set()
     for name, layer in masked_layers(network):
         row_size = layer.pattern.numel // layer.pattern.shape[0]
-        start = structure.node_offsets()[structure.output_part(name)][0]
+        start = structure.node_offsets()[output_part(name)][0]
         sources = structure.input_nodes(name)[layer.pattern.index % row_size // layer.pattern.taps]
         targets = layer.pattern.index // row_size + start
         edges |= set(zip(sources.tolist(), targets.tolist(), strict=True))

@@ -12,7 +12,7 @@ from ilnas.expansion import grow_candidates, random_candidates
 from ilnas.template import live_parameters, masked_layers
 from ilnas_kernels import use_route
 
-BLOCKS = [(0, 0), (0, 1), (1, 0)]
+PARTS = [("block", 0, 0), ("block", 0, 1), ("block", 1, 0), ("hidden", 0)]
 
 
 def trained(**changes):
@@ -26,10 +26,10 @@ def route(request):
         yield request.param
 
 
-def fan_in(network, key, count, seed=0):
+def fan_in(network, part, count, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    conv = network.stages[key[0]].blocks[key[1]].conv
-    row = conv.pattern.numel // conv.out_channels
+    pattern = network.block(part).layers[0].pattern
+    row = pattern.numel // pattern.shape[0]
     return [
         (torch.randperm(row, generator=generator)[:4].sort().values, torch.randn(4, generator=generator))
         for _ in range(count)
@@ -48,45 +48,51 @@ def test_connections_change_nothing(route):
     assert torch.equal(network(images(128)), before)
 
 
-@pytest.mark.parametrize("key", BLOCKS)
-@pytest.mark.parametrize("changes", [{}, {"stage_output": "last"}, {"hidden": []}], ids=str)
-def test_nodes_change_nothing(key, changes):
+@pytest.mark.parametrize("part", PARTS, ids=str)
+@pytest.mark.parametrize("changes", [{}, {"stage_output": "last"}, {"hidden": [6, 8]}], ids=str)
+def test_nodes_change_nothing(part, changes):
     network, optimizer = trained(**changes)
+    width = network.structure.blocks()[part].width
     with use_route("sparse"):
         before = network.eval()(images(128))
-        add_nodes(network, {key: fan_in(network, key, 3)}, optimizer)
+        add_nodes(network, {part: fan_in(network, part, 3)}, optimizer)
         assert torch.equal(network(images(128)), before)
-    assert network.stages[key[0]].blocks[key[1]].conv.out_channels == [[5, 7], [6]][key[0]][key[1]] + 3
+    assert network.block(part).layers[0].pattern.shape[0] == network.structure.blocks()[part].width == width + 3
     assert live_parameters(network) == 600 + 3 * 4  # the new biases are absent
 
 
-@pytest.mark.parametrize("key", BLOCKS)
-def test_identity_layers_change_nothing(key, route):
+@pytest.mark.parametrize("part", PARTS, ids=str)
+def test_identity_layers_change_nothing(part, route):
     network, optimizer = trained()
     before = network.eval()(images())
-    width = network.stages[key[0]].blocks[key[1]].conv.out_channels
+    width = network.structure.blocks()[part].width
     for depth in range(2):
-        assert add_identity(network, key, optimizer).endswith(f"identities.{depth}")
+        assert add_identity(network, part, optimizer).endswith(f"identities.{depth}")
         assert torch.equal(network(images()), before)
     assert live_parameters(network) == 600 + 2 * width
 
 
-def test_nodes_after_identity_layers_pass_through_them():
+@pytest.mark.parametrize("part", PARTS, ids=str)
+def test_nodes_after_identity_layers_pass_through_them(part):
     network, optimizer = trained()
-    add_identity(network, (0, 0), optimizer)
+    add_identity(network, part, optimizer)
+    width = network.structure.blocks()[part].width
     with use_route("sparse"):
         before = network.eval()(images(128))
-        add_nodes(network, {(0, 0): fan_in(network, (0, 0), 2), (1, 0): fan_in(network, (1, 0), 1)}, optimizer)
+        other = PARTS[PARTS.index(part) - 1]
+        add_nodes(network, {part: fan_in(network, part, 2), other: fan_in(network, other, 1)}, optimizer)
         assert torch.equal(network(images(128)), before)
-    identity = network.stages[0].blocks[0].identities[0]
-    assert identity.nnz == 7
-    torch.testing.assert_close(identity.weight[:, :, 1, 1], torch.eye(7))
+    identity = network.block(part).identities[0]
+    assert identity.nnz == width + 2
+    centre = identity.weight if part[0] == "hidden" else identity.weight[:, :, 1, 1]
+    torch.testing.assert_close(centre, torch.eye(width + 2))
 
 
 def test_the_grown_network_computes_what_its_structure_says():
     network, optimizer = trained()
-    add_nodes(network, {key: fan_in(network, key, 2) for key in BLOCKS}, optimizer)
-    add_identity(network, (0, 1), optimizer)
+    add_nodes(network, {part: fan_in(network, part, 2) for part in PARTS}, optimizer)
+    add_identity(network, ("block", 0, 1), optimizer)
+    add_identity(network, ("hidden", 0), optimizer)
     grow_candidates(network, random_candidates(network, 300, torch.Generator().manual_seed(1)), 0.0, optimizer)
     with torch.no_grad():
         for _, layer in masked_layers(network):
@@ -103,7 +109,7 @@ def test_old_parameters_train_on_as_if_nothing_had_been_added():
     twin = copy.deepcopy(network)
     twin_optimizer = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
     twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    add_nodes(network, {key: fan_in(network, key, 2) for key in BLOCKS}, optimizer)
+    add_nodes(network, {part: fan_in(network, part, 2) for part in PARTS}, optimizer)
     x, labels = images(16, seed=5), torch.arange(16) % 4
     for model, sgd in ((network, optimizer), (twin, twin_optimizer)):
         sgd.zero_grad(set_to_none=True)
@@ -120,10 +126,10 @@ def test_old_parameters_train_on_as_if_nothing_had_been_added():
         )
 
 
-def test_new_parameters_are_trained():
+@pytest.mark.parametrize("part", [("block", 0, 0), ("hidden", 0)], ids=str)
+def test_new_parameters_are_trained(part):
     network, optimizer = trained()
-    name = add_identity(network, (0, 0), optimizer)
-    identity = network.get_submodule(name)
+    identity = network.get_submodule(add_identity(network, part, optimizer))
     before = identity.values.detach().clone()
     optimizer.zero_grad(set_to_none=True)
     F.cross_entropy(network.train()(images(16)), torch.arange(16) % 4).backward()

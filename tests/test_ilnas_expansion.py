@@ -19,7 +19,7 @@ from ilnas.expansion import (
     smallest_weights,
     tentative_copy,
 )
-from ilnas.granularity import grain_at, group_scores
+from ilnas.granularity import group_scores
 from ilnas.selection import Conditions, choose
 from ilnas.template import live_parameters, masked_layers
 from ilnas_kernels import convert
@@ -47,6 +47,10 @@ OPTIONS = [
     {"granularity": "kernel"},
     {"granularity": "mixed", "candidates": 1.0},
     {"nodes": 3, "layers": 1, "granularity": "kernel"},
+    {"granularity": "layer"},
+    {"granularity": "layer", "nodes": 2, "layers": 2, "selection": "top"},
+    {"granularity": "layer", "ranking": "quota"},
+    {"granularity": "top-down", "ranking": "normalised"},
 ]
 
 
@@ -73,26 +77,32 @@ def test_the_target_is_met_exactly(options, more, moved):
     assert held == {id(p) for p in network.parameters()}
 
 
-def test_nodes_and_layers_are_really_picked():
-    found = {"nodes": 0, "layers": 0}
-    for step in range(6):
-        network, optimizer = trained_network()
-        config = make_config({"nodes": 4, "layers": 1})
+def test_nodes_and_layers_are_really_picked_in_stages_and_head():
+    found = {"nodes": 0, "layers": 0, "hidden nodes": 0, "hidden layers": 0}
+    for step in range(8):
+        network, optimizer = trained_network(hidden=[9, 6])
+        config = make_config({"nodes": 4, "layers": 2})
+        before = network.structure.copy()
         report = change_architecture(
             network, optimizer, config, scoring_backward, 1100, moved=0, lr=0.1, progress=0, step=step
         )
-        found = {name: found[name] + report[name] for name in found}
-        assert network.structure.conv_layers == 3 + report["layers"]
-        assert sum(b.width for stage in network.structure.stages for b in stage) == 18 + report["nodes"]
-    assert found["nodes"] > 0
-    assert found["layers"] > 0
+        new = {
+            part: (block.width - before.blocks()[part].width, block.identities)
+            for part, block in network.structure.blocks().items()
+        }
+        assert sum(nodes for nodes, _ in new.values()) == report["nodes"]
+        assert sum(layers for _, layers in new.values()) == report["layers"]
+        hidden = [count for part, count in new.items() if part[0] == "hidden"]
+        in_head = {"hidden nodes": sum(n for n, _ in hidden), "hidden layers": sum(n for _, n in hidden)}
+        found = {name: count + (report | in_head)[name] for name, count in found.items()}
+    assert all(count > 0 for count in found.values()), found
 
 
 def test_caps_on_channels_and_layers_hold():
-    config = make_config({"nodes": 50, "layers": 50, "max_channels": 8, "max_layers": 4})
+    config = make_config({"nodes": 50, "layers": 50, "max_channels": 12, "max_layers": 4})
     network, optimizer = trained_network()
     change_architecture(network, optimizer, config, scoring_backward, 1500, moved=0, lr=0.1, progress=0, step=0)
-    assert max(b.width for stage in network.structure.stages for b in stage) <= 8
+    assert max(block.width for block in network.structure.blocks().values()) <= 12
     assert network.structure.conv_layers <= 4
 
 
@@ -189,6 +199,9 @@ def test_choose_walks_groups_and_pays_for_conditions():
     assert (chosen.tolist(), paid) == ([0, 1, 2], {0})  # 1 + 3, then 1 with the condition paid, then 1
     chosen, paid = choose(pool, Conditions(needs, [7, 100]), 5, "top", torch.Generator())
     assert (chosen.tolist(), paid) == ([2, 4, 5, 6, 7], set())  # neither condition fits
+    pool.group = torch.tensor([0, 0, 2, 3, 4, 5, 6, 7])
+    chosen, paid = choose(pool, Conditions(needs, [3, 100]), 4, "top", torch.Generator())
+    assert (chosen.tolist(), paid) == ([0], {0})  # the better member beside its condition
     pool.group = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
     none = Conditions(torch.full((8,), -1))
     chosen, _ = choose(pool, none, 5, "top", torch.Generator())
@@ -217,8 +230,6 @@ def test_groups_score_by_root_mean_square():
     groups, sizes, scores = group_scores(pool)
     assert (groups.tolist(), sizes.tolist()) == ([5, 9], [2, 1])
     torch.testing.assert_close(scores, torch.tensor([12.5**0.5, 1.0], dtype=torch.float64))
-    assert grain_at("mixed", 0.2) == "kernel"
-    assert grain_at("mixed", 0.7) == "weight"
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -27,8 +27,8 @@ TOLERANCE = 2**-12  # float32 against float32 in another order: some 10^3 terms 
 def grown_network(**changes):
     network = small_network(**changes)
     train_a_little(network)
-    add_identity(network, (0, 1))
-    add_identity(network, (0, 1))
+    for part in [("block", 0, 1), ("block", 0, 1), *(("hidden", i) for i in range(len(network.structure.hidden)))]:
+        add_identity(network, part)
     return network.eval()
 
 

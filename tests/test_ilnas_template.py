@@ -121,7 +121,7 @@ def test_what_counts_towards_the_budget():
     network = small_network()
     norm = 2 * (5 + 7 + 6)
     assert live_parameters(network, count_norm=True) == live_parameters(network) + norm
-    network.head[0].set_bias_mask(torch.arange(9) < 4)
+    network.head[0].linear.set_bias_mask(torch.arange(9) < 4)
     assert live_parameters(network) == 600 - 5
 
 
@@ -142,6 +142,7 @@ def test_impossible_templates(given, message):
 def test_structure_survives_a_dictionary():
     structure = small_structure()
     structure.stages[0][1].identities = 2
+    structure.hidden[0].identities = 1
     assert Structure.from_dict(structure.to_dict()) == structure
 
 

@@ -64,17 +64,25 @@ class RunFolder:
             raise RunError(self._lost("the log", error)) from error
 
     def log_size(self) -> int:
-        return self.log_path.stat().st_size
+        try:
+            return self.log_path.stat().st_size
+        except OSError as error:
+            raise RunError(self._lost("the log", error)) from error
 
     def cut_log(self, size: int) -> None:
         """Drop what was logged after the checkpoint that a run is resumed from: it will be logged again."""
-        with self.log_path.open("r+b") as file:
-            file.truncate(size)
+        try:
+            with self.log_path.open("r+b") as file:
+                file.truncate(size)
+        except OSError as error:
+            raise RunError(self._lost("the log", error)) from error
 
     def read_log(self) -> list[dict[str, Any]]:
+        """The log's whole lines: a run that was killed while writing one leaves a part of it."""
         if not self.log_path.is_file():
             return []
-        return [json.loads(line) for line in self.log_path.read_text().splitlines()]
+        whole, _, _ = self.log_path.read_text().rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines()]
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint in one move, when the new one is wholly on the disk."""

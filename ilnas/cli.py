@@ -4,7 +4,7 @@ import argparse
 import ctypes
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ examples
   ilnas search --config runs/first/config.toml --seed 1            the same again with another seed
 """
 
+METAVARS = {"data": "DIR", "widths": "LAYERS", "hidden": "LAYERS", "autocast": "TYPE"}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0 when it did what was asked, 130 after Ctrl-C, else 1 or 2."""
@@ -38,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RunError, OSError, ValueError) as error:
         print(f"ilnas: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("ilnas: interrupted", file=sys.stderr)
+        return 130
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     search = commands.add_parser(
         "search", help="grow a network on a data set", description=SEARCH_TEXT,
+        usage="ilnas search [--run DIR] [--resume] [--config FILE] [OPTION ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     search.set_defaults(function=run_search)
@@ -83,31 +89,34 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         flag = "--" + option.name.replace("_", "-")
-        text = f"{option.metadata['help']} (default: {option.default if option.default != '' else 'empty'})"
+        shown = {"": "", False: " (default: off)", True: " (default: on)"}
+        default = option.default if option.type in (str, bool) else None
+        text = option.metadata["help"] + shown.get(default, f" (default: {option.default})")
         common = {"dest": option.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         if option.type is bool:
             groups[group].add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         elif option.name in CHOICES:
             groups[group].add_argument(flag, choices=CHOICES[option.name], **common)
         else:
-            metavar = {int: "N", float: "X", str: "TEXT"}[option.type]
+            metavar = METAVARS.get(option.name) or {int: "N", float: "X", str: "TEXT"}[option.type]
             groups[group].add_argument(flag, type=option.type, metavar=metavar, **common)
 
 
 def run_search(given: argparse.Namespace) -> int:
     chosen = {option.name: getattr(given, option.name) for option in options() if hasattr(given, option.name)}
+    state = None
     if given.resume:
         run, config, state = _resumed(given, chosen)
     else:
         config = make_config(read_toml(given.config) if given.config else {}, chosen)
-        state = None
-        dataset = dataset_of(config)  # before the folder is made: a wrong --data must not leave an empty run behind
+    # Before the folder is made: what is missing must not leave an empty run behind.
+    dataset = dataset_of(config)
+    writer = _summary_writer() if config.tensorboard else None
+    if not given.resume:
         run = RunFolder.create(given.run or _free_folder(config.dataset), config)
-    if given.resume:
-        dataset = dataset_of(config)
     set_threads(config.threads)
     reuse_memory()
-    with _Display(config, run) as display:
+    with _Display(run, writer) as display:
         trainer = Trainer(config, dataset, run, state=state, progress=display.step, on_event=display.event)
         previous = signal.signal(signal.SIGINT, lambda *_: _stop(trainer))
         try:
@@ -222,22 +231,26 @@ def _stop(trainer: Trainer) -> None:
     trainer.stop_requested = True
 
 
-class _Display:
-    """A progress bar on a terminal, one line per epoch and expansion elsewhere; TensorBoard when asked."""
+def _summary_writer() -> Callable[[Path], Any]:
+    """TensorBoard's writer; RunError where the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RunError("--tensorboard needs the extra: pip install 'ilnas[tensorboard]'") from error
+    return SummaryWriter
 
-    def __init__(self, config: Config, run: RunFolder) -> None:
-        self.bar, self.writer = None, None
+
+class _Display:
+    """One line per epoch and skipped expansion, a progress bar below them on a terminal; TensorBoard when asked."""
+
+    def __init__(self, run: RunFolder, writer: Callable[[Path], Any] | None) -> None:
         print(f"run folder: {run.path}")
+        self.bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(unit="step", dynamic_ncols=True)
-        if config.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise RunError("--tensorboard needs the extra: pip install ilnas[tensorboard]") from error
-            self.writer = SummaryWriter(run.path / "tensorboard")
+        self.writer = writer(run.path / "tensorboard") if writer else None
 
     def __enter__(self) -> "_Display":
         return self
@@ -264,14 +277,21 @@ class _Display:
             for name, value in entry.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     self.writer.add_scalar(f"{entry['event']}/{name}", value, entry["step"])
-        if self.bar is None and entry["event"] == "epoch":
+        if entry["event"] == "epoch":
             validation = entry.get("validation_accuracy")
             shown = f", validation {100 * validation:.2f} %" if validation is not None else ""
-            print(
+            self.say(
                 f"epoch {entry['epoch']}: loss {entry['loss']:.4f}, training {100 * entry['train_accuracy']:.2f} %"
-                f"{shown}, live {entry['live']:,}, {entry['seconds']:.0f} s",
-                flush=True,
+                f"{shown}, live {entry['live']:,}, {entry['seconds']:.0f} s"
             )
+        elif "skipped" in entry:
+            self.say(f"expansion at step {entry['step']} skipped: {entry['skipped']}")
+
+    def say(self, line: str) -> None:
+        """A line of output, above the progress bar if there is one."""
+        if self.bar is not None:
+            self.bar.clear()
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,12 @@ class Config:
     max_channels: int = _option(1024, "template", "no layer grows beyond this many nodes")
     max_layers: int = _option(64, "template", "no more conv layers than this, identity layers included")
 
-    method: str = _option("ilnas", "search", "the architecture step; all but ilnas are baselines (docs/method.md)")
+    method: str = _option(
+        "ilnas",
+        "search",
+        "what changes the architecture: growth by gradient, or a baseline: random growth; a fixed sparse network; SET; "
+        "RigL; gradual pruning of a dense network; a narrow dense network",
+    )
     budget: int = _option(20_000, "search", "C: live weights and biases at most")
     growth_end: float = _option(0.5, "search", "share of the steps after which the architecture is fixed")
     growth_start: float = _option(0.02, "search", "share of the steps before the first expansion")

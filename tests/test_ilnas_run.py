@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import torch
 from ilnas.checkpoint import RunError, RunFolder, network_from_state, network_state
 from ilnas.cli import build_parser, dataset_of, main
 from ilnas.config import make_config, options
+from ilnas.data import Batches
 from ilnas.template import live_parameters, masked_layers
 from ilnas.trainer import Interrupted, Trainer, evaluate
 
@@ -124,6 +127,7 @@ KILLED_PLACES = {  # where, and at which call
     "training": ("ilnas.trainer.Trainer.train_step", 7),
     "expansion": ("ilnas.expansion.gradients_at", 3),
     "committing an expansion": ("ilnas.evolve.commit", 3),
+    "checkpoint half written": ("torch._C.PyTorchFileWriter.write_record", 60),
     "checkpoint": ("ilnas.checkpoint.os.fsync", 3),
     "checkpoint before the move": ("ilnas.checkpoint.os.replace", 3),
 }
@@ -178,6 +182,11 @@ def test_killed_and_resumed_is_bit_identical(finished, killed, place):
     assert status == -signal.SIGKILL
     run = RunFolder.open(folder)
     assert 0 < run.load()["step"] < 16
+    unfinished = folder / "checkpoint.unfinished"
+    assert unfinished.exists() == place.startswith("checkpoint")
+    if place == "checkpoint half written":
+        with pytest.raises((OSError, RuntimeError)):
+            torch.load(unfinished)
     assert main(["search", "--run", str(folder), "--resume"]) == 0
     assert_same_run(run, finished)
 
@@ -198,6 +207,81 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
     assert process.returncode == 130
     assert f"ilnas search --run {folder} --resume" in out
     assert RunFolder.open(folder).load()["step"] > 0
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path, capsys, monkeypatch):
+    def interrupted_twice(trainer):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted_twice)
+    assert main(["search", "--run", str(tmp_path / "run"), *flags()]) == 130
+    assert capsys.readouterr().err == "ilnas: interrupted\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_progress_bar_on_a_terminal_only(tmp_path, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert main(["search", "--run", str(tmp_path / "run"), *flags(epochs=1)]) == 0
+    out, err = capsys.readouterr()
+    assert "epoch 1: loss" in out
+    if terminal:
+        assert "4/4" in err
+    else:
+        assert err == ""
+
+
+def test_tensorboard_events(tmp_path):
+    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main(["search", "--run", str(tmp_path / "run"), *flags(epochs=2), "--tensorboard"]) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    log = [entry for entry in RunFolder.open(tmp_path / "run").read_log() if entry["event"] == "epoch"]
+    for name in ("loss", "validation_accuracy", "live"):
+        written = [(event.step, event.value) for event in events.Scalars(f"epoch/{name}")]
+        assert [step for step, _ in written] == [entry["step"] for entry in log] == [4, 8]
+        assert [value for _, value in written] == pytest.approx([entry[name] for entry in log], rel=2**-23)
+
+
+def test_tensorboard_without_the_extra_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert main(["search", "--run", str(tmp_path / "run"), *flags(), "--tensorboard"]) == 1
+    assert "--tensorboard needs the extra: pip install 'ilnas[tensorboard]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_expansion_that_cannot_be_ranked_is_skipped_and_logged(tmp_path, capsys, monkeypatch):
+    sample, calls = Batches.sample, []
+
+    def sample_with_a_nan_at_first(batches, *given):
+        images, labels = sample(batches, *given)
+        calls.append(given)
+        return (images * float("nan") if len(calls) == 1 else images), labels
+
+    monkeypatch.setattr(Batches, "sample", sample_with_a_nan_at_first)
+    assert main(["search", "--run", str(tmp_path / "run"), *flags()]) == 0
+    log = RunFolder.open(tmp_path / "run").read_log()
+    first, *others = [entry for entry in log if entry["event"] == "expansion"]
+    assert "non-finite gradients" in first["skipped"]
+    assert (first["live"], first["added"], first["removed"]) == (first["live_before"], 0, 0)
+    assert not any("skipped" in entry for entry in others)
+    assert log[-1]["live"] == 500
+    assert f"expansion at step {first['step']} skipped: non-finite" in capsys.readouterr().out
+
+
+def test_the_test_part_is_looked_at_once_at_the_end(monkeypatch):
+    config = make_config(TINY)
+    dataset = dataset_of(config)
+    looked = []
+
+    def watched(model, part, *given):
+        looked.append("test" if part is dataset.test else "validation")
+        return evaluate(model, part, *given)
+
+    monkeypatch.setattr("ilnas.trainer.evaluate", watched)
+    Trainer(config, dataset).train()
+    assert looked == ["validation"] * 4 + ["test", "validation"]
 
 
 def test_resuming_with_other_options_is_refused(finished, capsys):
@@ -223,22 +307,64 @@ def test_a_wrong_data_folder_leaves_no_run_behind(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_lost_folder_and_a_full_disk_keep_the_last_checkpoint(finished, tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(finished, tmp_path, capsys, monkeypatch):
+    """No file may grow beyond 4 kB from the second epoch on, which is what the kernel tells a writer on a full disk."""
+    folder = tmp_path / "run"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    train_step = Trainer.train_step
+
+    def step_on_a_full_disk(trainer):
+        if trainer.step == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        train_step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", step_on_a_full_disk)
+    monkeypatch.setattr(RunFolder, "log", lambda *_, **__: None)  # what fails is to be the checkpoint
+    try:
+        assert main(["search", "--run", str(folder), *flags(nodes=1, layers=1)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    monkeypatch.undo()
+    error = capsys.readouterr().err
+    assert f"cannot write a checkpoint in {folder}: " in error
+    assert f"the last good checkpoint is {folder / 'checkpoint.pt'}" in error
+    assert RunFolder.open(folder).load()["step"] == 4
+    assert main(["search", "--run", str(folder), "--resume"]) == 0
+    assert_same_state(RunFolder.open(folder).load(), finished.load())
+
+
+def test_a_full_disk_under_the_log(finished, tmp_path):
     run = RunFolder.create(tmp_path / "run", finished.config())
     run.save({"step": 1})
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("ilnas.checkpoint.torch.save", full)
-    with pytest.raises(RunError, match=r"No space left on device; the last good checkpoint is .*checkpoint\.pt"):
-        run.save({"step": 2})
-    monkeypatch.undo()
+    run.log(event="whole")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
+    try:
+        with pytest.raises(RunError, match=r"cannot write the log in .*: File too large; the last good checkpoint is"):
+            run.log(event="cut in two")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert run.log_size() == 30
+    assert run.read_log() == [{"event": "whole"}]
     assert run.load()["step"] == 1
-    for path in run.path.iterdir():
-        path.unlink()
-    run.path.rmdir()
-    with pytest.raises(RunError, match="there is no checkpoint of this run"):
+
+
+def test_a_lost_folder_is_named(finished, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    train_step = Trainer.train_step
+
+    def step_and_lose_the_folder(trainer):
+        train_step(trainer)
+        if trainer.step == 5:
+            shutil.rmtree(folder)
+
+    monkeypatch.setattr(Trainer, "train_step", step_and_lose_the_folder)
+    assert main(["search", "--run", str(folder), *flags()]) == 1
+    error = capsys.readouterr().err
+    assert f"in {folder}: No such file or directory; there is no checkpoint of this run" in error
+    run = RunFolder.create(tmp_path / "other", finished.config())
+    shutil.rmtree(run.path)
+    with pytest.raises(RunError, match="cannot write a checkpoint in .*other: .*; there is no checkpoint of this run"):
         run.save({"step": 3})
     with pytest.raises(RunError, match="cannot write the log"):
         run.log(event="lost")
@@ -285,7 +411,12 @@ def test_options_that_change_training(tmp_path):
         TINY, {"autocast": "bfloat16", "clip": 0.5, "label_smoothing": 0.1, "epochs": 1, "kernel_size": 5}
     )
     trainer = Trainer(config, dataset_of(config))
+    computed = set()
+    trainer.network.head[0].linear.register_forward_hook(
+        lambda _, __, out: computed.add((out.dtype, out.requires_grad))
+    )
     trainer.train()
+    assert (torch.bfloat16, True) in computed
     assert all(layer.values.dtype == torch.float32 for _, layer in masked_layers(trainer.network))
     norms = torch.stack([p.grad.norm() for p in trainer.network.parameters()])
     assert norms.square().sum().sqrt() <= 0.5 * (1 + 2**-12)

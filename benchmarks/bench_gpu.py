@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ilnas_kernels._calls import AS_CONVOLUTION, ConvCall, LinearCall
 from ilnas_kernels.pattern import Pattern
 
 CONVS = [(128, 256, 256, 16), (32, 512, 512, 8), (128, 128, 128, 16), (128, 64, 64, 32)]  # batch, in, out, side
@@ -101,22 +102,18 @@ class Layer:
         return self.weight.dim() == 4
 
     def ours(self, op: str, layout: torch.memory_format) -> Callable[[], object]:
-        ops, x, grad_out = torch.ops.ilnas, self._laid_out(self.x, layout), self._laid_out(self.grad_out, layout)
-        geometry = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1) if self.is_conv else ()
-        name = "masked_conv2d" if self.is_conv else "masked_linear"
-        operands = self.pattern.operands
-        if op == "forward":
-            return lambda: getattr(ops, name)(x, self.values, None, *operands, *geometry, "")
+        x, grad_out = self._laid_out(self.x, layout), self._laid_out(self.grad_out, layout)
+        call = ConvCall(self.pattern, (1, 1), (1,) * 4, (1, 1)) if self.is_conv else LinearCall(self.pattern)
         if op == "absent_topk":
-            k = round(TOPK_SHARE * self.pattern.numel)
-            images, grads, how = x, grad_out, geometry
+            k, geometry = round(TOPK_SHARE * self.pattern.numel), call.geometry if self.is_conv else AS_CONVOLUTION
             if not self.is_conv:
-                images, grads = x.view(*x.shape, 1, 1), grad_out.view(*grad_out.shape, 1, 1)
-                how = ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
-            return lambda: ops.absent_topk(images, grads, *operands[:2], k, *how, False, 0.0, "")
+                x, grad_out = x.view(*x.shape, 1, 1), grad_out.view(*grad_out.shape, 1, 1)
+            ranked = (*self.pattern.operands[:2], k, *geometry, False, 0.0, "")
+            return lambda: torch.ops.ilnas.absent_topk(x, grad_out, *ranked)
+        if op == "forward":
+            return lambda: call.forward_sparse(x, self.values, None, "cuda", "")
         wanted = [op == "grad_input", op == "grad_values", False]
-        backward = getattr(ops, f"{name}_backward")
-        return lambda: backward(grad_out, x, self.values, *operands, *geometry, wanted, "")
+        return lambda: call.backward_sparse(grad_out, x, self.values, wanted, "cuda", "")
 
     def dense(self, op: str, layout: torch.memory_format) -> Callable[[], object]:
         x, grad_out = self._laid_out(self.x, layout), self._laid_out(self.grad_out, layout)

@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._condensed_forms import kept_form
 from .layout import BATCH_LAST, CHANNELS_LAST, layout_of, to_layout
 from .pattern import Pattern
 
 _ilnas = torch.ops.ilnas
+_OUT_OF_MEMORY = "CUDA out of memory."  # so begins what csrc/torch/kernels_cuda.cpp throws
 Gradients = Sequence[Tensor | None]
 
 
@@ -25,12 +28,29 @@ def below_autograd() -> AbstractContextManager:
     return torch._C._AutoDispatchBelowAutograd()
 
 
+def run_operator(function: Callable, *arguments) -> Any:
+    """Calls an operator. Out of memory on the device is torch's own error, whose type the stable ABI cannot carry."""
+    if torch.compiler.is_compiling():
+        return function(*arguments)
+    try:
+        with below_autograd():
+            return function(*arguments)
+    except RuntimeError as error:
+        if str(error).startswith(_OUT_OF_MEMORY) and not isinstance(error, torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
+
+
 def operator(name: str, route: str) -> Callable:
     """The operator of a sparse route: one name on all devices, with a suffix for Triton.
 
-    The last argument is the instruction set, or for Triton the pattern's plan.
+    Its last arguments are the instruction set and the form kept for the CUDA kernels, or for Triton the pattern's plan.
     """
     return getattr(_ilnas, f"{name}_triton" if route == "triton" else name).default
+
+
+# The geometry of a linear layer: a 1x1 convolution over images of one pixel.
+AS_CONVOLUTION = ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
 
 
 class ConvCall:
@@ -60,23 +80,28 @@ class ConvCall:
         )
 
     def forward_sparse(self, x: Tensor, values: Tensor, bias: Tensor | None, route: str, isa: str) -> Tensor:
-        last = self._triton_plan(x) if route == "triton" else isa
-        with below_autograd():
-            return operator("masked_conv2d", route)(x, values, bias, *self.pattern.operands, *self.geometry, last)
+        return run_operator(
+            operator("masked_conv2d", route), x, values, bias, *self.pattern.operands, *self.geometry,
+            *self._last(x, route, isa, backward=False),
+        )  # fmt: skip
 
     def backward_sparse(
         self, grad_out: Tensor, x: Tensor, values: Tensor, wanted: list[bool], route: str, isa: str
     ) -> Gradients:
-        last = self._triton_plan(x) if route == "triton" else isa
-        with below_autograd():
-            return operator("masked_conv2d_backward", route)(
-                grad_out, x, values, *self.pattern.operands, *self.geometry, wanted, last
-            )
+        return run_operator(
+            operator("masked_conv2d_backward", route), grad_out, x, values, *self.pattern.operands, *self.geometry,
+            wanted, *self._last(x, route, isa, backward=True, wanted=wanted[0]),
+        )  # fmt: skip
 
-    def _triton_plan(self, x: Tensor) -> list[Tensor]:
-        from .triton import conv2d_plan  # not on every platform
+    def _last(self, x: Tensor, route: str, isa: str, *, backward: bool, wanted: bool = True) -> tuple:
+        """The arguments in which the routes differ."""
+        if route == "cuda" and wanted:
+            return isa, kept_form(self.pattern, x, x.shape, self.geometry, backward=backward)
+        if route == "triton":
+            from .triton import conv2d_plan  # not on every platform
 
-        return conv2d_plan(x, self.pattern, *self.geometry[:-1])
+            return (conv2d_plan(x, self.pattern, *self.geometry[:-1]),)
+        return (isa,)
 
     def forward_dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         batch_last = layout_of(x) == BATCH_LAST
@@ -120,21 +145,28 @@ class LinearCall:
         self.pattern = pattern
 
     def forward_sparse(self, x: Tensor, values: Tensor, bias: Tensor | None, route: str, isa: str) -> Tensor:
-        last = self._triton_plan(x) if route == "triton" else isa
-        with below_autograd():
-            return operator("masked_linear", route)(x, values, bias, *self.pattern.operands, last)
+        return run_operator(
+            operator("masked_linear", route), x, values, bias, *self.pattern.operands,
+            *self._last(x, route, isa, backward=False),
+        )  # fmt: skip
 
     def backward_sparse(
         self, grad_out: Tensor, x: Tensor, values: Tensor, wanted: list[bool], route: str, isa: str
     ) -> Gradients:
-        last = self._triton_plan(x) if route == "triton" else isa
-        with below_autograd():
-            return operator("masked_linear_backward", route)(grad_out, x, values, *self.pattern.operands, wanted, last)
+        return run_operator(
+            operator("masked_linear_backward", route), grad_out, x, values, *self.pattern.operands, wanted,
+            *self._last(x, route, isa, backward=True, wanted=wanted[0]),
+        )  # fmt: skip
 
-    def _triton_plan(self, x: Tensor) -> list[Tensor]:
-        from .triton import linear_plan  # not on every platform
+    def _last(self, x: Tensor, route: str, isa: str, *, backward: bool, wanted: bool = True) -> tuple:
+        """The arguments in which the routes differ."""
+        if route == "cuda" and wanted:
+            return isa, kept_form(self.pattern, x, (*x.shape, 1, 1), AS_CONVOLUTION, backward=backward)
+        if route == "triton":
+            from .triton import linear_plan  # not on every platform
 
-        return linear_plan(x, self.pattern)
+            return (linear_plan(x, self.pattern),)
+        return (isa,)
 
     def forward_dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

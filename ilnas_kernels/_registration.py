@@ -13,7 +13,10 @@ _ilnas = torch.ops.ilnas
 
 
 @torch.library.register_fake("ilnas::masked_conv2d")
-def _(x, values, bias, row_ptr, col, t_row_ptr, t_col, t_perm, kernel_size, stride, padding, dilation, groups, isa):
+def _(
+    x, values, bias, row_ptr, col, t_row_ptr, t_col, t_perm,
+    kernel_size, stride, padding, dilation, groups, isa, form=None,
+):  # fmt: skip
     height = conv_output_size(x.shape[2], padding[0], padding[1], kernel_size[0], stride[0], dilation[0])
     width = conv_output_size(x.shape[3], padding[2], padding[3], kernel_size[1], stride[1], dilation[1])
     return empty_in_layout(x, (x.shape[0], row_ptr.shape[0] - 1, height, width), layout_of(x))
@@ -22,7 +25,7 @@ def _(x, values, bias, row_ptr, col, t_row_ptr, t_col, t_perm, kernel_size, stri
 @torch.library.register_fake("ilnas::masked_conv2d_backward")
 def _(
     grad_out, x, values, row_ptr, col, t_row_ptr, t_col, t_perm,
-    kernel_size, stride, padding, dilation, groups, output_mask, isa,
+    kernel_size, stride, padding, dilation, groups, output_mask, isa, form=None,
 ):  # fmt: skip
     grad_x = empty_in_layout(x, x.shape, layout_of(x)) if output_mask[0] else x.new_empty(0)
     grad_values = x.new_empty(col.shape[0] if output_mask[1] else 0)
@@ -30,12 +33,12 @@ def _(
 
 
 @torch.library.register_fake("ilnas::masked_linear")
-def _(x, values, bias, row_ptr, col, t_row_ptr, t_col, t_perm, isa):
+def _(x, values, bias, row_ptr, col, t_row_ptr, t_col, t_perm, isa, form=None):
     return x.new_empty(x.shape[0], row_ptr.shape[0] - 1)
 
 
 @torch.library.register_fake("ilnas::masked_linear_backward")
-def _(grad_out, x, values, row_ptr, col, t_row_ptr, t_col, t_perm, output_mask, isa):
+def _(grad_out, x, values, row_ptr, col, t_row_ptr, t_col, t_perm, output_mask, isa, form=None):
     grad_x = x.new_empty(x.shape) if output_mask[0] else x.new_empty(0)
     grad_values = x.new_empty(col.shape[0] if output_mask[1] else 0)
     return grad_x, grad_values, x.new_empty(row_ptr.shape[0] - 1 if output_mask[2] else 0)
@@ -76,22 +79,19 @@ def _asked(gradients, output_mask):
 
 
 def _conv_context(ctx, inputs, output):
-    x, values, bias, *pattern_and_geometry = inputs
+    x, values, bias, *ctx.operands, ctx.isa, _ = inputs
     ctx.save_for_backward(x, values)
-    ctx.rest = pattern_and_geometry
-    ctx.with_bias = bias is not None
 
 
 def _conv_backward(ctx, grad_out):
     x, values = ctx.saved_tensors
-    *operands, isa = ctx.rest
     mask = list(ctx.needs_input_grad[:3])
-    gradients = _ilnas.masked_conv2d_backward(grad_out, x, values, *operands, mask, isa)
-    return *_asked(gradients, mask), *[None] * len(ctx.rest)
+    gradients = _ilnas.masked_conv2d_backward(grad_out, x, values, *ctx.operands, mask, ctx.isa)
+    return *_asked(gradients, mask), *[None] * (len(ctx.operands) + 2)
 
 
 def _backward_context(ctx, inputs, output):
-    grad_out, x, values, *ctx.operands, ctx.output_mask, ctx.isa = inputs
+    grad_out, x, values, *ctx.operands, ctx.output_mask, ctx.isa, _ = inputs
     ctx.save_for_backward(grad_out, x, values)
 
 
@@ -114,7 +114,7 @@ def _second_backward(forward, backward, ctx, gradients):
         grad_x = backward(grad_out, x, from_values, *ctx.operands, [True, False, False], ctx.isa)[0]
     if need_values and from_x is not None:
         grad_values = backward(grad_out, from_x, values, *ctx.operands, [False, True, False], ctx.isa)[1]
-    return grad_grad_out, grad_x, grad_values, *[None] * (len(ctx.operands) + 2)
+    return grad_grad_out, grad_x, grad_values, *[None] * (len(ctx.operands) + 3)
 
 
 def _conv_second_backward(ctx, *gradients):
@@ -123,10 +123,9 @@ def _conv_second_backward(ctx, *gradients):
 
 def _linear_backward(ctx, grad_out):
     x, values = ctx.saved_tensors
-    *operands, isa = ctx.rest
     mask = list(ctx.needs_input_grad[:3])
-    gradients = _ilnas.masked_linear_backward(grad_out, x, values, *operands, mask, isa)
-    return *_asked(gradients, mask), *[None] * len(ctx.rest)
+    gradients = _ilnas.masked_linear_backward(grad_out, x, values, *ctx.operands, mask, ctx.isa)
+    return *_asked(gradients, mask), *[None] * (len(ctx.operands) + 2)
 
 
 def _linear_second_backward(ctx, *gradients):

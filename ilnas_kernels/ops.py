@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._calls import Call, ConvCall, LinearCall
+from ._calls import AS_CONVOLUTION, Call, ConvCall, LinearCall, run_operator
 from ._checks import (
     FLOATS,
     as_pattern,
@@ -112,7 +112,7 @@ def topk_with_count(
     row_ptr, col = (pattern.row_ptr, pattern.col) if exclude is None else _blocked(op, pattern, exclude)
     if len(pattern.shape) == 2:
         x, grad_out = _as_images(op, x, grad_out, pattern)
-        geometry = ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
+        geometry = AS_CONVOLUTION
     else:
         call = conv_call(op, pattern, stride, padding, dilation, groups)
         x, grad_out = _as_batch(op, x, grad_out, call)
@@ -121,8 +121,10 @@ def topk_with_count(
     k = min(k, candidates)
     if k == 0 or col.numel() == pattern.numel:
         return x.new_empty(0, dtype=torch.int64), x.new_empty(0, dtype=torch.float32), 0
-    name, x, grad_out = dispatch.topk_route(x, grad_out, pattern)
-    index, grad, non_finite = name(x, grad_out, row_ptr, col, k, *geometry, by_kernel, floor, dispatch.isa_argument())
+    function, x, grad_out = dispatch.topk_route(x, grad_out, pattern)
+    index, grad, non_finite = run_operator(
+        function, x, grad_out, row_ptr, col, k, *geometry, by_kernel, floor, dispatch.isa_argument()
+    )
     found = int((index >= 0).sum())
     return index[:found], grad[:found], int(non_finite)
 

@@ -138,7 +138,7 @@ def check_bindings(toolkit: Path) -> list[str]:
         pybind11.get_include(),
         toolkit / "include",
     ]
-    command = ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-DUSE_CUDA"]
+    command = ["g++", "-std=c++20", "-fvisibility=hidden", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-DUSE_CUDA"]
     command += [
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
         '-DILNAS_BUILD_FLAGS=""',

@@ -239,13 +239,24 @@ def run_launches(device: Device, op: str, shape: Shape, dtype: str, density: flo
             Scratch(values), space,
         )  # fmt: skip
     backward = op == "grad_input"
-    space = workspace("gather_workspace", int(backward))
     source, target, columns = (out, x, "t_") if backward else (x, out, "")
+    rows = In(p[columns + "row_ptr"]), In(p[columns + "col"])
+    form = None if dtype == "float32" else kept_form(device, sizes, rows, nnz, backward)
+    space = workspace("gather_workspace", int(backward), int(form is not None))
     return device.run(
         "gather", route, code, int(backward), sizes, In(source), strides["out" if backward else "x"], In(values), None,
-        In(p[columns + "row_ptr"]), In(p[columns + "col"]), In(p["t_perm"]) if backward else None, nnz,
-        Scratch(target), strides["x" if backward else "out"], space,
+        *rows, In(p["t_perm"]) if backward else None, nnz, Scratch(target), strides["x" if backward else "out"], form,
+        space,
     )  # fmt: skip
+
+
+def kept_form(device: Device, sizes: In, rows: tuple[In, In], nnz: int, backward: bool) -> In:
+    """What a pattern's first call leaves to the later ones, which are what is predicted."""
+    count = torch.zeros(1, dtype=torch.long)
+    device.run("form_bytes", sizes, nnz, int(backward), InOut(count))
+    form = torch.zeros(int(count), dtype=torch.uint8)
+    device.run("form", sizes, int(backward), *rows, nnz, Scratch(form))
+    return In(form)
 
 
 def predict_op(gpu: Gpu, library, op: str, shape: Shape, dtype: str, density: float, blocks: int) -> dict:

@@ -6,17 +6,13 @@ namespace {
 constexpr int kThreads = 256, kResidues = 8;
 constexpr int64_t kMaxBitmapBytes = 40 * 1024;
 
-template <class S>
 struct CondenseCall {
   Gather g;
   ImageTile t;
   CondensedShape shape;
-  Global<const S> values;
-  Global<const int32_t> row_ptr, col, perm;
-  Global<S> value;
+  Global<const int32_t> row_ptr, col;
   Global<int32_t> pack_offset, block_ptr, slot_of_entry;
   int64_t octets;
-  bool has_perm, has_values, with_slot_of_entry;
 };
 
 // A column as the bitmap knows it.
@@ -24,8 +20,7 @@ struct Column {
   int chunk, local, pack;  // pack: -1 where no target of the class meets the tap
 };
 
-template <class S>
-__device__ __forceinline__ Column column_of(const CondenseCall<S>& c, const AxisClass& vertical,
+__device__ __forceinline__ Column column_of(const CondenseCall& c, const AxisClass& vertical,
                                             const AxisClass& horizontal, int column) {
   const int taps = c.g.kernel_height * c.g.kernel_width;
   const int channel = column / taps, tap = column % taps, chunk = channel / c.t.channels;
@@ -50,8 +45,7 @@ __device__ __forceinline__ int place_in_chunk(Shared<const int> count, int resid
   return place;
 }
 
-template <class S>
-__global__ void __launch_bounds__(kThreads) condense_kernel(CondenseCall<S> c) {
+__global__ void __launch_bounds__(kThreads) condense_kernel(CondenseCall c) {
   ILNAS_DYNAMIC_SHARED(dynamic);
   const CondensedShape& s = c.shape;
   const int words = s.chunks * kResidues * s.words_per_residue;
@@ -104,10 +98,7 @@ __global__ void __launch_bounds__(kThreads) condense_kernel(CondenseCall<S> c) {
   for (int chunk = threadIdx.x; chunk <= s.chunks; chunk += kThreads)
     blocks[chunk] = static_cast<int32_t>((region + chunk_slot[chunk]) / kOctet);
   const int slots = chunk_slot[s.chunks];
-  for (int i = threadIdx.x; i < slots; i += kThreads) {
-    c.pack_offset[region + i] = -1;
-    if (c.has_values) store_as<uint4>(c.value + (region + i) * kOctet, make_uint4(0, 0, 0, 0));
-  }
+  for (int i = threadIdx.x; i < slots; i += kThreads) c.pack_offset[region + i] = -1;
   __syncthreads();
 
   const int taps = c.g.kernel_height * c.g.kernel_width;
@@ -132,10 +123,25 @@ __global__ void __launch_bounds__(kThreads) condense_kernel(CondenseCall<S> c) {
                          place_in_chunk(count + column.chunk * kResidues, column.pack % kResidues, index);
     int row = 0;
     while (row + 1 < rows && rows_at[row + 1] <= j) ++row;
-    if (c.has_values)
-      c.value[(slot / kOctet * kOctet + row) * kOctet + slot % kOctet] =
-          load_readonly<S>(c.values + (c.has_perm ? static_cast<int>(c.perm[j]) : j));
-    if (c.with_slot_of_entry) c.slot_of_entry[j] = static_cast<int32_t>(slot * kOctet + row);
+    c.slot_of_entry[j] = static_cast<int32_t>(slot * kOctet + row);
+  }
+}
+
+template <class S>
+struct PlaceCall {
+  Global<const S> values;
+  Global<const int32_t> slot_of_entry, perm;
+  Global<S> value;
+  int64_t nnz;
+  bool has_perm;
+};
+
+template <class S>
+__global__ void __launch_bounds__(kThreads) place_values_kernel(PlaceCall<S> c) {
+  for (int64_t j = blockIdx.x * int64_t{kThreads} + threadIdx.x; j < c.nnz; j += int64_t{gridDim.x} * kThreads) {
+    const int place = c.slot_of_entry[j], slot = place / kOctet, row = place % kOctet;
+    const int64_t from = c.has_perm ? static_cast<int>(c.perm[j]) : j;
+    c.value[int64_t{slot / kOctet * kOctet + row} * kOctet + slot % kOctet] = load_readonly<S>(c.values + from);
   }
 }
 
@@ -167,42 +173,47 @@ bool condensed_shape(const Gather& g, const ImageTile& t, int64_t nnz, int paddi
 CondensedBytes condensed_bytes(const CondensedShape& s, int64_t octets, int64_t nnz) {
   const auto aligned = [](int64_t bytes) { return ceil_div(bytes, 16) * 16; };
   CondensedBytes b{};
-  b.value = 0;
-  b.pack_offset = 16 * s.class_slots * s.classes;
-  b.block_ptr = b.pack_offset + aligned(4 * s.class_slots * s.classes);
+  b.pack_offset = 0;
+  b.block_ptr = aligned(4 * s.class_slots * s.classes);
   b.slot_of_entry = b.block_ptr + aligned(4 * s.classes * octets * (s.chunks + 1));
   b.total = b.slot_of_entry + aligned(4 * nnz);
   return b;
 }
 
-cudaError_t launch_condense(const GatherCall& a, const ImageTile& t, const CondensedShape& s, bool with_slot_of_entry,
-                            void* workspace, cudaStream_t stream) {
-  const int64_t octets = int64_t{s.octets_per_group} * a.g.groups;
-  const CondensedBytes bytes = condensed_bytes(s, octets, a.nnz);
-  unsigned char* const base = static_cast<unsigned char*>(workspace);
-  const auto launch = [&](auto stored) {
-    using S = decltype(stored);
-    const CondenseCall<S> call{a.g,
-                               t,
-                               s,
-                               static_cast<const S*>(a.values),
-                               a.row_ptr,
-                               a.col,
-                               a.perm,
-                               reinterpret_cast<S*>(base + bytes.value),
-                               reinterpret_cast<int32_t*>(base + bytes.pack_offset),
-                               reinterpret_cast<int32_t*>(base + bytes.block_ptr),
-                               reinterpret_cast<int32_t*>(base + bytes.slot_of_entry),
-                               octets,
-                               a.perm != nullptr,
-                               a.values != nullptr,
-                               with_slot_of_entry};
-    return ILNAS_LAUNCH(condense_kernel<S>, dim3(static_cast<unsigned>(octets), static_cast<unsigned>(s.classes)),
-                        dim3(kThreads), static_cast<size_t>(bitmap_bytes(s)), stream, call);
+CondensedForm condensed_form(const CondensedShape& s, int64_t octets, int64_t nnz, const void* form) {
+  const CondensedBytes bytes = condensed_bytes(s, octets, nnz);
+  const auto at = [&](int64_t byte) {
+    return reinterpret_cast<const int32_t*>(static_cast<const unsigned char*>(form) + byte);
   };
-  if (a.dtype == DType::kFloat16) return launch(Half{});
-  if (a.dtype == DType::kBFloat16) return launch(BFloat16{});
-  return cudaErrorNotSupported;
+  return {at(bytes.pack_offset), at(bytes.block_ptr), at(bytes.slot_of_entry)};
+}
+
+cudaError_t launch_condense(const Gather& g, const Entries& entries, const ImageTile& t, const CondensedShape& s,
+                            void* form, cudaStream_t stream) {
+  const int64_t octets = octets_of(s, g);
+  const CondensedBytes bytes = condensed_bytes(s, octets, entries.nnz);
+  const auto at = [&](int64_t byte) { return reinterpret_cast<int32_t*>(static_cast<unsigned char*>(form) + byte); };
+  const CondenseCall call{
+      g,     t, s, entries.row_ptr, entries.col, at(bytes.pack_offset), at(bytes.block_ptr), at(bytes.slot_of_entry),
+      octets};
+  return ILNAS_LAUNCH(condense_kernel, dim3(static_cast<unsigned>(octets), static_cast<unsigned>(s.classes)),
+                      dim3(kThreads), static_cast<size_t>(bitmap_bytes(s)), stream, call);
+}
+
+cudaError_t launch_place_values(DType dtype, const CondensedShape& s, const CondensedForm& form, const void* values,
+                                const int32_t* perm, int64_t nnz, void* value, cudaStream_t stream) {
+  const auto bytes = static_cast<size_t>(condensed_value_bytes(s));
+  if (cudaError_t error = cudaMemsetAsync(value, 0, bytes, stream)) return error;
+  return with_stored_type(dtype, [&](auto stored) {
+    using S = decltype(stored);
+    if constexpr (sizeof(S) == 2) {
+      const PlaceCall<S> call{
+          static_cast<const S*>(values), form.slot_of_entry, perm, static_cast<S*>(value), nnz, perm != nullptr};
+      return ILNAS_LAUNCH(place_values_kernel<S>, grid_of(ceil_div(nnz, kThreads)), dim3(kThreads), 0, stream, call);
+    } else {
+      return cudaErrorNotSupported;
+    }
+  });
 }
 
 }  // namespace ilnas::cuda

@@ -21,16 +21,22 @@ cudaError_t compute_capability(int* arch);
 //   kCondensed: tensor cores over the union of the columns of eight rows. 16-bit types; bfloat16 from sm_80 on.
 enum class Route : int { kBest, kGeneral, kDirect, kCondensed };
 
-// Bytes of workspace of the two launchers below; cudaErrorNotSupported where the route cannot serve the arguments.
-cudaError_t masked_conv2d_workspace(Route, DType, const Conv2dShape&, int64_t nnz, bool backward, int64_t* bytes);
+// What kCondensed derives from the pattern and the shape alone: a caller may build it once and hand it to every
+// launcher of the same direction, shape and device. cudaErrorNotSupported where kCondensed does not serve the shape.
+cudaError_t condensed_form_bytes(const Conv2dShape&, int64_t nnz, bool backward, int64_t* bytes);
+cudaError_t launch_condensed_form(const Conv2dShape&, const PatternView&, bool backward, void* form, cudaStream_t);
 
-// out[n,o,:,:] = bias[o] + sum over live (o,c,kh,kw) of values * x[n,c,...]; bias may be null.
+// Bytes of workspace of the two launchers below; cudaErrorNotSupported where the route cannot serve the arguments.
+cudaError_t masked_conv2d_workspace(Route, DType, const Conv2dShape&, int64_t nnz, bool backward, bool has_form,
+                                    int64_t* bytes);
+
+// out[n,o,:,:] = bias[o] + sum over live (o,c,kh,kw) of values * x[n,c,...]; bias may be null, and so may form.
 cudaError_t launch_masked_conv2d(Route, DType, const Conv2dShape&, const PatternView&, const ImageView& x,
-                                 const void* values, const void* bias, const ImageView& out, void* workspace,
-                                 cudaStream_t stream);
+                                 const void* values, const void* bias, const ImageView& out, const void* form,
+                                 void* workspace, cudaStream_t stream);
 // grad_x[n,c,:,:] = sum over live (o,c,kh,kw) of values * grad_out[n,o,...]
 cudaError_t launch_masked_conv2d_grad_x(Route, DType, const Conv2dShape&, const PatternView&, const ImageView& grad_out,
-                                        const void* values, const ImageView& grad_x, void* workspace,
+                                        const void* values, const ImageView& grad_x, const void* form, void* workspace,
                                         cudaStream_t stream);
 
 // grad_values[j] = sum over n,oh,ow of grad_out[n,o,oh,ow] * x[n,c,...] for every live weight j.

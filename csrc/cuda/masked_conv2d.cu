@@ -6,19 +6,8 @@ namespace {
 // Fewer rows than this leave most of a block of the tiled kernels without work: a depthwise convolution, for one.
 constexpr int kFewRows = 4;
 
-GatherCall forward_call(DType dtype, const Conv2dShape& s, const PatternView& p, const ImageView& x, const void* values,
-                        const void* bias, const ImageView& out) {
-  return {dtype, forward_gather(s, x, out), p.nnz, p.row_ptr, p.col, nullptr, x.data, values, bias, out.data};
-}
-
-GatherCall backward_call(DType dtype, const Conv2dShape& s, const PatternView& p, const ImageView& grad_out,
-                         const void* values, const ImageView& grad_x) {
-  return {dtype,         backward_gather(s, grad_out, grad_x),
-          p.nnz,         p.t_row_ptr,
-          p.t_col,       p.t_perm,
-          grad_out.data, values,
-          nullptr,       grad_x.data};
-}
+Entries rows_of(const PatternView& p) { return {p.row_ptr, p.col, p.nnz}; }
+Entries transposed_rows_of(const PatternView& p) { return {p.t_row_ptr, p.t_col, p.nnz}; }
 
 // The routes worth trying, best first; a route asked for is the only one.
 int candidates(Route route, DType dtype, const Gather& g, Route (&to)[3]) {
@@ -38,13 +27,13 @@ Route grad_values_route(Route route, const Gather& g) {
   return route == Route::kBest && g.rows_per_group < kFewRows ? Route::kGeneral : route;
 }
 
-cudaError_t launch_gather(Route route, const GatherCall& call, void* workspace, cudaStream_t stream) {
+cudaError_t launch_gather(Route route, const GatherCall& call, const void* form, void* workspace, cudaStream_t stream) {
   Route routes[3];
   cudaError_t error = cudaErrorNotSupported;
   const int count = candidates(route, call.dtype, call.g, routes);
   for (int i = 0; i < count && error == cudaErrorNotSupported; ++i) {
     if (routes[i] == Route::kCondensed)
-      error = launch_condensed(call, workspace, stream);
+      error = launch_condensed(call, form, workspace, stream);
     else if (routes[i] == Route::kDirect)
       error = launch_direct(call, stream);
     else
@@ -62,27 +51,41 @@ cudaError_t compute_capability(int* arch) {
   return error;
 }
 
+cudaError_t condensed_form_bytes(const Conv2dShape& s, int64_t nnz, bool backward, int64_t* bytes) {
+  return condensed_form_bytes(backward ? backward_gather(s, {}, {}) : forward_gather(s, {}, {}), nnz, bytes);
+}
+
+cudaError_t launch_condensed_form(const Conv2dShape& s, const PatternView& p, bool backward, void* form,
+                                  cudaStream_t stream) {
+  if (backward) return launch_condensed_form(backward_gather(s, {}, {}), transposed_rows_of(p), form, stream);
+  return launch_condensed_form(forward_gather(s, {}, {}), rows_of(p), form, stream);
+}
+
 cudaError_t masked_conv2d_workspace(Route route, DType dtype, const Conv2dShape& s, int64_t nnz, bool backward,
-                                    int64_t* bytes) {
+                                    bool has_form, int64_t* bytes) {
   const Gather g = backward ? backward_gather(s, {}, {}) : forward_gather(s, {}, {});
   *bytes = 0;
   Route routes[3];
   candidates(route, dtype, g, routes);
   if (routes[0] != Route::kCondensed) return cudaSuccess;
-  const cudaError_t error = condensed_workspace(dtype, g, nnz, bytes);
+  const cudaError_t error = condensed_workspace(dtype, g, nnz, has_form, bytes);
   return error == cudaErrorNotSupported && route == Route::kBest ? cudaSuccess : error;
 }
 
 cudaError_t launch_masked_conv2d(Route route, DType dtype, const Conv2dShape& s, const PatternView& p,
                                  const ImageView& x, const void* values, const void* bias, const ImageView& out,
-                                 void* workspace, cudaStream_t stream) {
-  return launch_gather(route, forward_call(dtype, s, p, x, values, bias, out), workspace, stream);
+                                 const void* form, void* workspace, cudaStream_t stream) {
+  const GatherCall call{dtype, forward_gather(s, x, out), rows_of(p), nullptr, x.data, values, bias, out.data};
+  return launch_gather(route, call, form, workspace, stream);
 }
 
 cudaError_t launch_masked_conv2d_grad_x(Route route, DType dtype, const Conv2dShape& s, const PatternView& p,
                                         const ImageView& grad_out, const void* values, const ImageView& grad_x,
-                                        void* workspace, cudaStream_t stream) {
-  return launch_gather(route, backward_call(dtype, s, p, grad_out, values, grad_x), workspace, stream);
+                                        const void* form, void* workspace, cudaStream_t stream) {
+  const GatherCall call{
+      dtype,      backward_gather(s, grad_out, grad_x), transposed_rows_of(p), p.t_perm, grad_out.data, values, nullptr,
+      grad_x.data};
+  return launch_gather(route, call, form, workspace, stream);
 }
 
 cudaError_t masked_conv2d_grad_values_workspace(Route route, DType dtype, const Conv2dShape& s, int64_t nnz,
@@ -95,8 +98,8 @@ cudaError_t masked_conv2d_grad_values_workspace(Route route, DType dtype, const 
 cudaError_t launch_masked_conv2d_grad_values(Route route, DType dtype, const Conv2dShape& s, const PatternView& p,
                                              const ImageView& grad_out, const ImageView& x, void* grad_values,
                                              void* workspace, cudaStream_t stream) {
-  const GradValuesArguments arguments{
-      dtype, forward_gather(s, x, grad_out), p.nnz, p.row_ptr, p.col, grad_out.data, x.data, grad_values};
+  const GradValuesArguments arguments{dtype,      forward_gather(s, x, grad_out), rows_of(p), grad_out.data, x.data,
+                                      grad_values};
   if (route == Route::kCondensed) return launch_condensed_grad_values(arguments, workspace, stream);
   return launch_direct_grad_values(grad_values_route(route, arguments.g), arguments, workspace, stream);
 }

@@ -174,11 +174,10 @@ struct Plan {
 // A staged pack costs eight loads, address arithmetic and a store.
 constexpr double kStagingWeight = 5;
 
-cudaError_t plan_condensed(DType dtype, const Gather& g, int64_t nnz, const void* source, Plan* plan) {
+// The same for every call of one geometry: what a kept form was built for.
+cudaError_t plan_condensed(const Gather& g, int64_t nnz, const void* source, Plan* plan) {
   DeviceLimits limits{};
   if (cudaError_t error = device_limits(&limits)) return error;
-  const bool half = dtype == DType::kFloat16, brain = dtype == DType::kBFloat16;
-  if (!(half && limits.arch >= 75) && !(brain && limits.arch >= 80)) return cudaErrorNotSupported;
   plan->wide = limits.arch >= 80;
   const double columns = static_cast<double>(g.kernel_height) * g.kernel_width;
   const double places = columns * g.groups * g.rows_per_group * g.sources_per_group;
@@ -239,20 +238,50 @@ cudaError_t launch_plan(const CondensedCall<S>& call, const Plan& plan, cudaStre
 
 }  // namespace
 
-cudaError_t condensed_workspace(DType dtype, const Gather& g, int64_t nnz, int64_t* bytes) {
+bool tensor_cores_take(DType dtype, int arch) {
+  return (dtype == DType::kFloat16 && arch >= 75) || (dtype == DType::kBFloat16 && arch >= 80);
+}
+
+cudaError_t condensed_form_bytes(const Gather& g, int64_t nnz, int64_t* bytes) {
   Plan plan{};
-  if (cudaError_t error = plan_condensed(dtype, g, nnz, nullptr, &plan)) return error;
-  *bytes = condensed_bytes(plan.shape, int64_t{plan.shape.octets_per_group} * g.groups, nnz).total;
+  if (cudaError_t error = plan_condensed(g, nnz, nullptr, &plan)) return error;
+  *bytes = condensed_bytes(plan.shape, octets_of(plan.shape, g), nnz).total;
   return cudaSuccess;
 }
 
-cudaError_t launch_condensed(const GatherCall& a, void* workspace, cudaStream_t stream) {
+cudaError_t launch_condensed_form(const Gather& g, const Entries& entries, void* form, cudaStream_t stream) {
   Plan plan{};
-  if (cudaError_t error = plan_condensed(a.dtype, a.g, a.nnz, a.source, &plan)) return error;
-  if (cudaError_t error = launch_condense(a, plan.tile, plan.shape, false, workspace, stream)) return error;
-  const int64_t octets = int64_t{plan.shape.octets_per_group} * a.g.groups;
-  const CondensedBytes bytes = condensed_bytes(plan.shape, octets, a.nnz);
-  const unsigned char* const base = static_cast<const unsigned char*>(workspace);
+  if (cudaError_t error = plan_condensed(g, entries.nnz, nullptr, &plan)) return error;
+  return launch_condense(g, entries, plan.tile, plan.shape, form, stream);
+}
+
+cudaError_t condensed_workspace(DType dtype, const Gather& g, int64_t nnz, bool has_form, int64_t* bytes) {
+  DeviceLimits limits{};
+  if (cudaError_t error = device_limits(&limits)) return error;
+  if (!tensor_cores_take(dtype, limits.arch)) return cudaErrorNotSupported;
+  Plan plan{};
+  if (cudaError_t error = plan_condensed(g, nnz, nullptr, &plan)) return error;
+  *bytes = condensed_value_bytes(plan.shape);
+  if (!has_form) *bytes += condensed_bytes(plan.shape, octets_of(plan.shape, g), nnz).total;
+  return cudaSuccess;
+}
+
+cudaError_t launch_condensed(const GatherCall& a, const void* form, void* workspace, cudaStream_t stream) {
+  DeviceLimits limits{};
+  if (cudaError_t error = device_limits(&limits)) return error;
+  if (!tensor_cores_take(a.dtype, limits.arch)) return cudaErrorNotSupported;
+  Plan plan{};
+  if (cudaError_t error = plan_condensed(a.g, a.entries.nnz, a.source, &plan)) return error;
+  if (form == nullptr) {
+    unsigned char* const own = static_cast<unsigned char*>(workspace) + condensed_value_bytes(plan.shape);
+    if (cudaError_t error = launch_condense(a.g, a.entries, plan.tile, plan.shape, own, stream)) return error;
+    form = own;
+  }
+  const int64_t octets = octets_of(plan.shape, a.g);
+  const CondensedForm built = condensed_form(plan.shape, octets, a.entries.nnz, form);
+  if (cudaError_t error =
+          launch_place_values(a.dtype, plan.shape, built, a.values, a.perm, a.entries.nnz, workspace, stream))
+    return error;
   const auto launch = [&](auto stored) {
     using S = decltype(stored);
     const CondensedCall<S> call{a.g,
@@ -260,9 +289,9 @@ cudaError_t launch_condensed(const GatherCall& a, void* workspace, cudaStream_t 
                                 plan.shape,
                                 static_cast<const S*>(a.source),
                                 static_cast<const S*>(a.bias),
-                                reinterpret_cast<const uint32_t*>(base + bytes.value),
-                                reinterpret_cast<const int32_t*>(base + bytes.pack_offset),
-                                reinterpret_cast<const int32_t*>(base + bytes.block_ptr),
+                                static_cast<const uint32_t*>(workspace),
+                                built.pack_offset,
+                                built.block_ptr,
                                 static_cast<S*>(a.target),
                                 octets,
                                 plan.warps_along_slots,

@@ -130,7 +130,7 @@ bool plan_direct(const GatherCall& c, bool vector_images, const DeviceLimits& li
   double cost = 0;
   plan->positions = 0;
   const double channels = static_cast<double>(c.g.groups) * c.g.rows_per_group * c.g.sources_per_group;
-  const double live_per_channel = channels > 0 ? static_cast<double>(c.nnz) / channels : 0;
+  const double live_per_channel = channels > 0 ? static_cast<double>(c.entries.nnz) / channels : 0;
   for (int positions : {4, 2, 1}) {
     const int rows = rows_per_block(positions);
     const double reads = rows * live_per_channel * (1 + kEntryWeight / positions);

@@ -229,14 +229,14 @@ cudaError_t launch_direct_grad_values(Route route, const GradValuesArguments& a,
   return with_stored_type(a.dtype, [&](auto stored) {
     using S = decltype(stored);
     Plan plan{};
-    if (cudaError_t error = plan_grad_values(route, a.g, a.nnz, a.x, sizeof(S), &plan)) return error;
+    if (cudaError_t error = plan_grad_values(route, a.g, a.entries.nnz, a.x, sizeof(S), &plan)) return error;
     const GradValuesCall<S> call{a.g,
                                  static_cast<const S*>(a.x),
                                  static_cast<const S*>(a.grad_out),
-                                 a.row_ptr,
-                                 a.col,
+                                 a.entries.row_ptr,
+                                 a.entries.col,
                                  static_cast<float*>(workspace),
-                                 a.nnz};
+                                 a.entries.nnz};
     cudaError_t error = cudaSuccess;
     if (plan.positions == 4)
       error = launch_tile<S, 4>(call, plan, stream);
@@ -245,10 +245,10 @@ cudaError_t launch_direct_grad_values(Route route, const GradValuesArguments& a,
     else if (plan.positions == 1)
       error = launch_tile<S, 1>(call, plan, stream);
     else
-      error = ILNAS_LAUNCH(grad_values_general_kernel<S>, grid_of(ceil_div(a.nnz * plan.splits, kWarps)),
+      error = ILNAS_LAUNCH(grad_values_general_kernel<S>, grid_of(ceil_div(a.entries.nnz * plan.splits, kWarps)),
                            dim3(kThreads), 0, stream, call, plan.splits);
     if (error != cudaSuccess) return error;
-    return launch_sum_splits<S>(static_cast<const float*>(workspace), static_cast<S*>(a.grad_values), a.nnz,
+    return launch_sum_splits<S>(static_cast<const float*>(workspace), static_cast<S*>(a.grad_values), a.entries.nnz,
                                 plan.splits, stream);
   });
 }

@@ -146,8 +146,7 @@ struct Plan {
   ImageTile tile;
   CondensedShape shape;
   int octet_blocks_per_group, splits;
-  CondensedBytes form;
-  int64_t partial_bytes;
+  int64_t form_bytes, partial_bytes;
 };
 
 constexpr double kStagingWeight = 5;
@@ -163,8 +162,7 @@ int64_t tile_budget(const DeviceLimits& limits) {
 cudaError_t plan_grad(DType dtype, const Gather& g, int64_t nnz, const void* x, Plan* plan) {
   DeviceLimits limits{};
   if (cudaError_t error = device_limits(&limits)) return error;
-  const bool half = dtype == DType::kFloat16, brain = dtype == DType::kBFloat16;
-  if (!(half && limits.arch >= 75) && !(brain && limits.arch >= 80)) return cudaErrorNotSupported;
+  if (!tensor_cores_take(dtype, limits.arch)) return cudaErrorNotSupported;
   const double taps = static_cast<double>(g.kernel_height) * g.kernel_width;
   const double places = taps * g.groups * g.rows_per_group * g.sources_per_group;
   const double density = places > 0 ? std::min(1.0, static_cast<double>(nnz) / places) : 0;
@@ -181,21 +179,22 @@ cudaError_t plan_grad(DType dtype, const Gather& g, int64_t nnz, const void* x, 
   const int64_t tiles = plan->tile.image_blocks * plan->tile.tiles_y * plan->tile.tiles_x;
   const int64_t wanted = ceil_div(kBlocksPerMultiprocessor * limits.multiprocessors, owners);
   plan->splits = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(std::min(kMaxSplits, tiles), 1)));
-  plan->form = condensed_bytes(plan->shape, int64_t{plan->shape.octets_per_group} * g.groups, nnz);
+  plan->form_bytes = condensed_bytes(plan->shape, octets_of(plan->shape, g), nnz).total;
   plan->partial_bytes = plan->splits * plan->shape.class_slots * kOctet * static_cast<int64_t>(sizeof(float));
   return cudaSuccess;
 }
 
 template <class S>
-cudaError_t launch_plan(const GradValuesArguments& a, const Plan& plan, unsigned char* form, float* partial,
+cudaError_t launch_plan(const GradValuesArguments& a, const Plan& plan, const void* workspace, float* partial,
                         cudaStream_t stream) {
+  const CondensedForm form = condensed_form(plan.shape, octets_of(plan.shape, a.g), a.entries.nnz, workspace);
   const GradCall<S> call{a.g,
                          plan.tile,
                          plan.shape,
                          static_cast<const S*>(a.x),
                          static_cast<const S*>(a.grad_out),
-                         reinterpret_cast<const int32_t*>(form + plan.form.pack_offset),
-                         reinterpret_cast<const int32_t*>(form + plan.form.block_ptr),
+                         form.pack_offset,
+                         form.block_ptr,
                          partial,
                          plan.octet_blocks_per_group,
                          plan.splits,
@@ -206,9 +205,9 @@ cudaError_t launch_plan(const GradValuesArguments& a, const Plan& plan, unsigned
   if (cudaError_t error = ILNAS_LAUNCH(condensed_grad_values_kernel<S>, grid, dim3(kThreads), shared, stream, call))
     return error;
   const int64_t per_split = plan.shape.class_slots * kOctet;
-  return ILNAS_LAUNCH(pick_live_kernel<S>, grid_of(ceil_div(a.nnz, kThreads)), dim3(kThreads), 0, stream, partial,
-                      reinterpret_cast<const int32_t*>(form + plan.form.slot_of_entry), static_cast<S*>(a.grad_values),
-                      a.nnz, per_split, plan.splits);
+  return ILNAS_LAUNCH(pick_live_kernel<S>, grid_of(ceil_div(a.entries.nnz, kThreads)), dim3(kThreads), 0, stream,
+                      partial, form.slot_of_entry, static_cast<S*>(a.grad_values), a.entries.nnz, per_split,
+                      plan.splits);
 }
 
 }  // namespace
@@ -216,19 +215,17 @@ cudaError_t launch_plan(const GradValuesArguments& a, const Plan& plan, unsigned
 cudaError_t condensed_grad_values_workspace(DType dtype, const Gather& g, int64_t nnz, int64_t* bytes) {
   Plan plan{};
   if (cudaError_t error = plan_grad(dtype, g, nnz, nullptr, &plan)) return error;
-  *bytes = plan.form.total + plan.partial_bytes;
+  *bytes = plan.form_bytes + plan.partial_bytes;
   return cudaSuccess;
 }
 
 cudaError_t launch_condensed_grad_values(const GradValuesArguments& a, void* workspace, cudaStream_t stream) {
   Plan plan{};
-  if (cudaError_t error = plan_grad(a.dtype, a.g, a.nnz, a.x, &plan)) return error;
-  const GatherCall pattern{a.dtype, a.g, a.nnz, a.row_ptr, a.col, nullptr, nullptr, nullptr, nullptr, nullptr};
-  if (cudaError_t error = launch_condense(pattern, plan.tile, plan.shape, true, workspace, stream)) return error;
-  unsigned char* const form = static_cast<unsigned char*>(workspace);
-  float* const partial = reinterpret_cast<float*>(form + plan.form.total);
-  if (a.dtype == DType::kFloat16) return launch_plan<Half>(a, plan, form, partial, stream);
-  return launch_plan<BFloat16>(a, plan, form, partial, stream);
+  if (cudaError_t error = plan_grad(a.dtype, a.g, a.entries.nnz, a.x, &plan)) return error;
+  if (cudaError_t error = launch_condense(a.g, a.entries, plan.tile, plan.shape, workspace, stream)) return error;
+  float* const partial = reinterpret_cast<float*>(static_cast<unsigned char*>(workspace) + plan.form_bytes);
+  if (a.dtype == DType::kFloat16) return launch_plan<Half>(a, plan, workspace, partial, stream);
+  return launch_plan<BFloat16>(a, plan, workspace, partial, stream);
 }
 
 }  // namespace ilnas::cuda

@@ -10,25 +10,30 @@
 #include "cpu/kernels.h"
 
 // row_ptr, col: the live positions; t_*: the same by input channel (see PatternView). padding: top, bottom, left,
-// right. isa names the CPU instruction set; empty means the best one.
+// right. isa names the CPU instruction set; empty means the best one. form: what condensed_form made of the rows that
+// the operator reads (of the transposed ones for a backward), on CUDA devices; built anew at each call without it.
 STABLE_TORCH_LIBRARY(ilnas, m) {
   m.def(
       "masked_conv2d(Tensor x, Tensor values, Tensor? bias, Tensor row_ptr, Tensor col, Tensor t_row_ptr, "
       "Tensor t_col, Tensor t_perm, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, "
-      "str isa) -> Tensor");
+      "str isa, Tensor? form=None) -> Tensor");
   m.def(
       "masked_conv2d_backward(Tensor grad_out, Tensor x, Tensor values, Tensor row_ptr, Tensor col, "
       "Tensor t_row_ptr, Tensor t_col, Tensor t_perm, int[] kernel_size, int[] stride, int[] padding, "
-      "int[] dilation, int groups, bool[] output_mask, str isa) -> (Tensor, Tensor, Tensor)");
+      "int[] dilation, int groups, bool[] output_mask, str isa, Tensor? form=None) -> (Tensor, Tensor, Tensor)");
   m.def(
       "masked_linear(Tensor x, Tensor values, Tensor? bias, Tensor row_ptr, Tensor col, Tensor t_row_ptr, "
-      "Tensor t_col, Tensor t_perm, str isa) -> Tensor");
+      "Tensor t_col, Tensor t_perm, str isa, Tensor? form=None) -> Tensor");
   m.def(
       "masked_linear_backward(Tensor grad_out, Tensor x, Tensor values, Tensor row_ptr, Tensor col, "
-      "Tensor t_row_ptr, Tensor t_col, Tensor t_perm, bool[] output_mask, str isa) -> (Tensor, Tensor, Tensor)");
+      "Tensor t_row_ptr, Tensor t_col, Tensor t_perm, bool[] output_mask, str isa, Tensor? form=None) -> "
+      "(Tensor, Tensor, Tensor)");
   m.def(
       "absent_topk(Tensor x, Tensor grad_out, Tensor row_ptr, Tensor col, int k, int[] kernel_size, int[] stride, "
       "int[] padding, int[] dilation, int groups, bool by_kernel, float floor, str isa) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "condensed_form(Tensor row_ptr, Tensor col, int[] x_size, int out_channels, int[] kernel_size, int[] stride, "
+      "int[] padding, int[] dilation, int groups, bool backward) -> Tensor");
 }
 
 PYBIND11_MODULE(_C, m) {

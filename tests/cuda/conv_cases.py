@@ -115,28 +115,43 @@ def workspace(device: Device, function: str, *arguments) -> Scratch:
     return Scratch(torch.empty(max(int(size), 1), dtype=torch.uint8))
 
 
-def forward(device: Device, problem: Problem, route: str, *, with_bias: bool = True) -> tuple[Tensor, dict[str, int]]:
+def condensed_form(device: Device, problem: Problem, *, backward: bool) -> Tensor:
+    """What the condensed kernels may keep from call to call."""
+    shape, (row_ptr, col, t_row_ptr, t_col, _) = In(problem.shape()), problem.pattern.operands
+    nnz, rows = problem.pattern.nnz, (t_row_ptr, t_col) if backward else (row_ptr, col)
+    size = torch.zeros(1, dtype=torch.int64)
+    device.run("form_bytes", shape, nnz, backward, InOut(size))
+    form = torch.zeros(int(size), dtype=torch.uint8)
+    device.run("form", shape, backward, In(rows[0]), In(rows[1]), nnz, Scratch(form))
+    return form
+
+
+def forward(
+    device: Device, problem: Problem, route: str, *, form: Tensor | None = None
+) -> tuple[Tensor, dict[str, int]]:
     out = torch.empty_like(problem.grad_out)
     pattern, shape = problem.pattern, In(problem.shape())
     head = (ROUTES[route], DTYPES[problem.dtype])
-    space = workspace(device, "gather_workspace", *head, shape, pattern.nnz, False)
-    bias = In(problem.bias) if with_bias else None
+    space = workspace(device, "gather_workspace", *head, shape, pattern.nnz, False, form is not None)
     counts = device.run(
-        "gather", *head, False, shape, In(problem.x), In(strides(problem.x)), In(problem.values), bias,
-        In(pattern.row_ptr), In(pattern.col), None, pattern.nnz, Out(out), In(strides(out)), space,
+        "gather", *head, False, shape, In(problem.x), In(strides(problem.x)), In(problem.values),
+        In(problem.bias), In(pattern.row_ptr), In(pattern.col), None, pattern.nnz, Out(out), In(strides(out)),
+        None if form is None else In(form), space,
     )  # fmt: skip
     return out, counts
 
 
-def grad_x(device: Device, problem: Problem, route: str) -> tuple[Tensor, dict[str, int]]:
+def grad_x(
+    device: Device, problem: Problem, route: str, *, form: Tensor | None = None
+) -> tuple[Tensor, dict[str, int]]:
     result = torch.empty_like(problem.x)
     pattern, shape = problem.pattern, In(problem.shape())
     head = (ROUTES[route], DTYPES[problem.dtype])
-    space = workspace(device, "gather_workspace", *head, shape, pattern.nnz, True)
+    space = workspace(device, "gather_workspace", *head, shape, pattern.nnz, True, form is not None)
     counts = device.run(
         "gather", *head, True, shape, In(problem.grad_out), In(strides(problem.grad_out)), In(problem.values), None,
         In(pattern.t_row_ptr), In(pattern.t_col), In(pattern.t_perm), pattern.nnz, Out(result), In(strides(result)),
-        space,
+        None if form is None else In(form), space,
     )  # fmt: skip
     return result, counts
 

@@ -26,23 +26,33 @@ PatternView pattern_of(const int32_t* row_ptr, const int32_t* col, const int32_t
 
 extern "C" {
 
+int form_bytes(const int64_t* shape, int64_t nnz, int64_t backward, int64_t* bytes) {
+  return condensed_form_bytes(shape_of(shape), nnz, backward != 0, bytes);
+}
+
+int form(const int64_t* shape, int64_t backward, const int32_t* row_ptr, const int32_t* col, int64_t nnz,
+         void* result) {
+  const PatternView pattern = pattern_of(row_ptr, col, nullptr, backward != 0, nnz);
+  return launch_condensed_form(shape_of(shape), pattern, backward != 0, result, nullptr);
+}
+
 int gather_workspace(int64_t route, int64_t dtype, const int64_t* shape, int64_t nnz, int64_t backward,
-                     int64_t* bytes) {
+                     int64_t has_form, int64_t* bytes) {
   return masked_conv2d_workspace(static_cast<Route>(route), static_cast<DType>(dtype), shape_of(shape), nnz,
-                                 backward != 0, bytes);
+                                 backward != 0, has_form != 0, bytes);
 }
 
 int gather(int64_t route, int64_t dtype, int64_t backward, const int64_t* shape, const void* source,
            const int64_t* source_strides, const void* values, const void* bias, const int32_t* row_ptr,
            const int32_t* col, const int32_t* perm, int64_t nnz, void* target, const int64_t* target_strides,
-           void* workspace) {
+           const void* form, void* workspace) {
   const PatternView pattern = pattern_of(row_ptr, col, perm, backward != 0, nnz);
   const ImageView from = view_of(source, source_strides), to = view_of(target, target_strides);
   const Route how = static_cast<Route>(route);
   const DType type = static_cast<DType>(dtype);
   if (backward != 0)
-    return launch_masked_conv2d_grad_x(how, type, shape_of(shape), pattern, from, values, to, workspace, nullptr);
-  return launch_masked_conv2d(how, type, shape_of(shape), pattern, from, values, bias, to, workspace, nullptr);
+    return launch_masked_conv2d_grad_x(how, type, shape_of(shape), pattern, from, values, to, form, workspace, nullptr);
+  return launch_masked_conv2d(how, type, shape_of(shape), pattern, from, values, bias, to, form, workspace, nullptr);
 }
 
 int grad_values_workspace(int64_t route, int64_t dtype, const int64_t* shape, int64_t nnz, int64_t* bytes) {

@@ -141,6 +141,44 @@ def test_a_graph_replays_a_training_step(dtype):
     assert torch.equal(captured[4], expected[4]) and torch.equal(captured[5], expected[5] * 4)
 
 
+@pytest.mark.parametrize("kind", ("conv", "linear"))
+def test_kept_forms_serve_calls_streams_and_graphs(kind):
+    """The condensed kernels' form is built by the first call and read by those after it, wherever they run."""
+    generator = torch.Generator().manual_seed(0)
+    if kind == "conv":
+        layer = ilnas_kernels.MaskedConv2d(40, 48, 3, padding=1, density=0.1, generator=generator).half().cuda()
+        x = torch.randn(16, 40, 9, 9, generator=generator).half().cuda()
+    else:
+        layer = ilnas_kernels.MaskedLinear(300, 130, density=0.1, generator=generator).half().cuda()
+        x = torch.randn(33, 300, generator=generator).half().cuda()
+    x.requires_grad_()
+
+    def step():
+        with ilnas_kernels.use_route("sparse"):
+            out = layer(x)
+        return out, *torch.autograd.grad(out, (x, layer.weight), torch.ones_like(out))
+
+    expected = step()
+    forms = layer.pattern._plans["condensed forms"]
+    assert len(forms) == 2
+    runs = [step()]
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        side.wait_stream(torch.cuda.default_stream())
+        runs.append(step())
+    torch.cuda.synchronize()
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    runs.append(captured)
+    assert len(forms) == 2
+    for run in runs:
+        assert all(torch.equal(a, b) for a, b in zip(run, expected, strict=True))
+
+
 def test_layers_train_like_a_dense_twin():
     torch.manual_seed(0)
     layer = ilnas_kernels.MaskedConv2d(16, 24, 3, padding=1, density=0.1).cuda()
@@ -177,8 +215,11 @@ def test_no_images_and_no_memory():
     assert torch.ops.ilnas.masked_conv2d(empty, values, None, *pattern, *geometry, "").shape == (0, 96, 16, 16)
     free, _ = torch.cuda.mem_get_info()
     huge = torch.empty(1, device="cuda").expand(free // (96 * 256 * 4) + 1, 64, 16, 16)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=r"^CUDA out of memory. masked_conv2d tried to allocate"):
         torch.ops.ilnas.masked_conv2d(huge, values, None, *pattern, *geometry, "")
+    layer = ilnas_kernels.MaskedConv2d(64, 96, 3, padding=1, density=0.1).cuda()
+    with ilnas_kernels.use_route("sparse"), pytest.raises(torch.OutOfMemoryError):
+        layer(huge)
     one = torch.ones(2, 64, 16, 16, device="cuda")
     assert (torch.ops.ilnas.masked_conv2d(one, values, None, *pattern, *geometry, "") == 0).all()
 

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from tests.cuda.conv_cases import Case, Problem, check, forward, grad_bias, grad_values, grad_x, make_device
+from tests.cuda.conv_cases import (
+    Case,
+    Problem,
+    check,
+    condensed_form,
+    forward,
+    grad_bias,
+    grad_values,
+    grad_x,
+    make_device,
+)
 
 SEED = 7
 PLAIN = Case((5, 6, 7, 9), 10)
@@ -61,6 +71,22 @@ def test_grad_x(library, case, dtype, route, arch):
     expected = problem.gradients(problem.x.double(), problem.weight, bias, grad_out)[0]
     sizes = problem.gradients(problem.x.double(), problem.weight.abs(), bias, grad_out.abs())[0]
     check(result, expected, sizes, problem.weight[:, 0].numel())
+
+
+@ids
+@pytest.mark.parametrize("function", (forward, grad_x))
+def test_a_kept_form_serves_every_call(library, case, function):
+    """With other weights and another type too: the form depends on the pattern and the sizes alone."""
+    first = Problem(case, torch.float16)
+    form = condensed_form(make_device(library, case, 80, SEED), first, backward=function is grad_x)
+    for dtype in (torch.float16, torch.bfloat16):
+        problem = Problem(case, dtype)
+        problem.values = problem.values.flip(0)
+        own, launches = function(make_device(library, case, 80, SEED), problem, "condensed")
+        kept, fewer = function(make_device(library, case, 80, SEED), problem, "condensed", form=form)
+        assert torch.equal(own, kept)
+        names = [[launch.kernel.split("<")[0] for launch in run] for run in (launches, fewer)]
+        assert [n for n in names[0] if n != "condense_kernel"] == names[1]
 
 
 @ids

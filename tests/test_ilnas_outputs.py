@@ -1,17 +1,14 @@
-"""What comes out of a run: the plain module, exported programs, pictures, the table; and growing one's own model."""
+"""What comes out of a run: the plain module, exported programs, pictures, the table."""
 
 import importlib.util
 
 import pytest
 import torch
 from ilnas_testing import images, small_network, train_a_little
-from torch import nn
 
-import ilnas
 from ilnas.additions import add_identity
 from ilnas.checkpoint import RunFolder, network_from_state
 from ilnas.cli import main
-from ilnas.config import METHODS
 from ilnas.expansion import remove_weights
 from ilnas.export import needed_nodes, to_plain
 from ilnas.measure import layer_costs, network_macs
@@ -146,45 +143,3 @@ def test_info_adds_up(run, capsys):
         assert words in printed
     assert all(cost.name in printed for cost in costs)
     assert describe(network, run.config(), repeats=1).splitlines()[0].startswith("layer")
-
-
-def own_model():
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2, groups=2), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 10),
-    )  # fmt: skip
-
-
-def loader(batches=6):
-    generator = torch.Generator().manual_seed(0)
-    return [(torch.randn(16, 1, 8, 8, generator=generator), torch.arange(16) % 10) for _ in range(batches)]
-
-
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "dense"])
-def test_ones_own_model_ends_on_the_budget(method):
-    model = own_model()
-    log = ilnas.grow(model, loader(), budget=400, epochs=4, method=method, move=0.2, interval=0.5, lr=0.05)
-    assert live_parameters(model) == 400
-    assert [entry["event"] for entry in log].count("epoch") == 4
-    assert log[-1]["loss"] < log[0].get("loss", 10)
-    assert all(entry["live"] <= 400 or method == "prune" for entry in log)
-    model.eval()(torch.randn(2, 1, 8, 8))
-    assert model[0].weight.shape == (8, 1, 3, 3)
-
-
-def test_ones_own_optimizer_goes_on():
-    model = own_model()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    ilnas.grow(model, loader(), budget=400, epochs=2, optimizer=optimizer, granularity="weight")
-    assert live_parameters(model) == 400
-    assert optimizer.param_groups[0]["lr"] == 1e-3
-    assert len(optimizer.state) == len(list(model.parameters()))
-
-
-def test_own_models_that_cannot_grow():
-    with pytest.raises(ValueError, match="no convolution or linear layer"):
-        ilnas.grow(nn.ReLU(), loader(), budget=10, epochs=1)
-    with pytest.raises(ValueError, match="too few for 30 rows"):
-        ilnas.grow(own_model(), loader(), budget=60, epochs=1)
-    with pytest.raises(ValueError, match="unknown option 'colour'"):
-        ilnas.grow(own_model(), loader(), budget=400, epochs=1, colour=1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ilnas_kernels import _C
+from ilnas_kernels import _C, masked_linear, use_route
 from ilnas_kernels.pattern import Pattern
 
 ISAS = [name for name, runs in _C.instruction_sets().items() if runs]
@@ -206,3 +206,21 @@ def test_same_bits_at_the_same_thread_count(threads, batch, isa):
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("batch", [17, 40, 64, 129, 144, 300])
+@pytest.mark.parametrize("in_features", [70, 2100])
+@pytest.mark.parametrize("density", [0.02, 0.4])
+def test_live_weights_of_0_change_no_bit(isa, batch, in_features, density):
+    """With more images than one vector holds each output is one chain of sums, wherever the zeros stand in it."""
+    generator = torch.Generator().manual_seed(batch)
+    few = Pattern.random((13, in_features), density, generator=generator)
+    absent = (~few.mask.flatten()).nonzero().flatten()
+    more = torch.cat([few.index, absent[torch.rand(len(absent), generator=generator) < 0.1]])
+    many = Pattern.from_index(few.shape, more)
+    values, bias = torch.randn(few.nnz, generator=generator), torch.randn(13, generator=generator)
+    with_zeros = torch.zeros(many.nnz)
+    with_zeros[torch.searchsorted(many.index, few.index)] = values
+    x = torch.randn(batch, in_features, generator=generator)
+    with use_route("sparse"):
+        assert torch.equal(masked_linear(x, with_zeros, many, bias), masked_linear(x, values, few, bias))

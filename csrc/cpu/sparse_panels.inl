@@ -33,35 +33,67 @@ struct SparseRows {
   }
 };
 
-// sums[r][T] (+)= over the entries j in [begin[r], end[r]) of values[j] * panel[col[j]][T]. Where few vectors would
-// leave the multiply-add units waiting, U entries are summed side by side.
+// sums[r][T] (+)= over the entries j in [begin[r], end[r]) of values[j] * panel[col[j]][T], for R rows side by side:
+// few vectors of one row would leave the multiply-add units waiting. Each sum is one chain in the order of the entries,
+// so that an entry of 0 more or less changes no bit of it.
+template <int T, int R, class A>
+void multiply_row_group(const SparseRows<A>& w, const int32_t* begin, const int32_t* end, const A* panel, bool resume,
+                        const A* bias, A* sums) {
+  constexpr int lanes = Vec<A>::lanes;
+  Vec<A> acc[R][T];
+  int64_t common = end[0] - begin[0];
+  for (int r = 0; r < R; ++r) {
+    if (end[r] - begin[r] < common) common = end[r] - begin[r];
+    for (int t = 0; t < T; ++t)
+      acc[r][t] = resume ? Vec<A>::load(sums + (r * T + t) * lanes) : bias ? Vec<A>::set1(bias[r]) : Vec<A>::zero();
+  }
+  for (int64_t j = 0; j < common; ++j)
+    for (int r = 0; r < R; ++r) {
+      const A* x = panel + int64_t{w.col[begin[r] + j]} * (T * lanes);
+      const Vec<A> value = Vec<A>::set1(w.values[begin[r] + j]);
+      for (int t = 0; t < T; ++t) acc[r][t] = fma(value, Vec<A>::load(x + t * lanes), acc[r][t]);
+    }
+  for (int r = 0; r < R; ++r) {
+    for (int64_t j = begin[r] + common; R > 1 && j < end[r]; ++j) {
+      const A* x = panel + int64_t{w.col[j]} * (T * lanes);
+      const Vec<A> value = Vec<A>::set1(w.values[j]);
+      for (int t = 0; t < T; ++t) acc[r][t] = fma(value, Vec<A>::load(x + t * lanes), acc[r][t]);
+    }
+    for (int t = 0; t < T; ++t) acc[r][t].store(sums + (r * T + t) * lanes);
+  }
+}
+
+// The same for a row and a single vector of positions: U entries are summed side by side, in chains of their own.
+template <class A>
+void multiply_row_by_vector(const SparseRows<A>& w, int64_t j, int64_t last, const A* panel, Vec<A> start, A* sums) {
+  constexpr int lanes = Vec<A>::lanes, U = 6;
+  Vec<A> acc[U];
+  acc[0] = start;
+  for (int u = 1; u < U; ++u) acc[u] = Vec<A>::zero();
+  for (; j + U <= last; j += U)
+    for (int u = 0; u < U; ++u)
+      acc[u] = fma(Vec<A>::set1(w.values[j + u]), Vec<A>::load(panel + int64_t{w.col[j + u]} * lanes), acc[u]);
+  for (; j < last; ++j)
+    acc[0] = fma(Vec<A>::set1(w.values[j]), Vec<A>::load(panel + int64_t{w.col[j]} * lanes), acc[0]);
+  for (int u = 1; u < U; ++u) acc[0] = acc[0] + acc[u];
+  acc[0].store(sums);
+}
+
 template <int T, class A>
 void multiply_rows(const SparseRows<A>& w, const int32_t* begin, const int32_t* end, int64_t rows, const A* panel,
                    bool resume, const A* bias, A* sums) {
-  constexpr int lanes = Vec<A>::lanes, U = T == 1 ? 6 : T == 2 ? 4 : T <= 4 ? 2 : 1;
-  for (int64_t r = 0; r < rows; ++r, sums += T * lanes) {
-    Vec<A> acc[U][T];
-    for (int t = 0; t < T; ++t)
-      acc[0][t] = resume ? Vec<A>::load(sums + t * lanes) : bias ? Vec<A>::set1(bias[r]) : Vec<A>::zero();
-    for (int u = 1; u < U; ++u)
-      for (int t = 0; t < T; ++t) acc[u][t] = Vec<A>::zero();
-    int64_t j = begin[r];
-    const int64_t last = end[r];
-    for (; j + U <= last; j += U)
-      for (int u = 0; u < U; ++u) {
-        const A* x = panel + int64_t{w.col[j + u]} * (T * lanes);
-        const Vec<A> value = Vec<A>::set1(w.values[j + u]);
-        for (int t = 0; t < T; ++t) acc[u][t] = fma(value, Vec<A>::load(x + t * lanes), acc[u][t]);
-      }
-    for (; U > 1 && j < last; ++j) {
-      const A* x = panel + int64_t{w.col[j]} * (T * lanes);
-      const Vec<A> value = Vec<A>::set1(w.values[j]);
-      for (int t = 0; t < T; ++t) acc[0][t] = fma(value, Vec<A>::load(x + t * lanes), acc[0][t]);
+  constexpr int lanes = Vec<A>::lanes, R = T == 2 ? 4 : T <= 4 ? 2 : 1;
+  int64_t r = 0;
+  if constexpr (T == 1) {
+    for (; r < rows; ++r, sums += lanes) {
+      const Vec<A> start = resume ? Vec<A>::load(sums) : bias ? Vec<A>::set1(bias[r]) : Vec<A>::zero();
+      multiply_row_by_vector(w, begin[r], end[r], panel, start, sums);
     }
-    for (int t = 0; t < T; ++t) {
-      for (int u = 1; u < U; ++u) acc[0][t] = acc[0][t] + acc[u][t];
-      acc[0][t].store(sums + t * lanes);
-    }
+  } else {
+    for (; r + R <= rows; r += R)
+      multiply_row_group<T, R>(w, begin + r, end + r, panel, resume, bias ? bias + r : nullptr, sums + r * T * lanes);
+    for (; R > 1 && r < rows; ++r)
+      multiply_row_group<T, 1>(w, begin + r, end + r, panel, resume, bias ? bias + r : nullptr, sums + r * T * lanes);
   }
 }
 

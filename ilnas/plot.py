@@ -7,6 +7,7 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.ticker import LogLocator
 
 from ilnas.checkpoint import RunFolder, network_from_state
 from ilnas.structure import Part, is_identity, output_part
@@ -15,6 +16,7 @@ from ilnas_kernels import MaskedConv2d
 
 Log = list[dict[str, Any]]
 PLAIN_BOX = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1}
+CURVE = 0.42  # how much an edge past other boxes bends
 EXPANSION = {"color": "0.75", "linewidth": 0.8, "zorder": 0}
 
 
@@ -51,12 +53,12 @@ def curves(log: Log) -> Figure:
         x = [entry["epoch"] for entry in seen]
         loss.plot(x, [entry["validation_loss"] for entry in seen], label="validation")
         accuracy.plot(x, [100 * entry["validation_accuracy"] for entry in seen], label="validation")
+    _plain_log_scale(loss)
     for axes, name in ((loss, "cross-entropy"), (accuracy, "accuracy (%)")):
         _mark_expansions(axes, log)
         axes.set_xlabel("epoch")
         axes.set_ylabel(name)
         axes.legend()
-    loss.set_yscale("log")
     return figure
 
 
@@ -76,6 +78,7 @@ def live_parameters_drawn(log: Log) -> Figure:
     axes.set_ylim(0, 1.08 * max(start["budget"], *y))
     axes.set_xlabel("epoch")
     axes.set_ylabel("parameters")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.legend(loc="lower right")
     return figure
 
@@ -94,7 +97,7 @@ def density_by_layer(log: Log) -> Figure:
         )
     axes.set_xlabel("epoch")
     axes.set_ylabel("density (%)")
-    axes.set_yscale("log")
+    _plain_log_scale(axes)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
     return figure
 
@@ -102,46 +105,43 @@ def density_by_layer(log: Log) -> Figure:
 def graph(network: Network) -> Figure:
     """Groups of nodes from input to output; a line's width says how many live weights join two groups."""
     structure = network.structure
-    order = [part for part in structure.node_offsets()]
+    order = list(structure.node_offsets())
     place = {part: i for i, part in enumerate(order)}
-    figure = Figure(figsize=(1.5 * len(order), 0.5 * len(order) + 1.0), layout="constrained")
-    axes = figure.subplots()
     edges = part_edges(network)
     most = max(edges.values(), default=1)
-    for (source, target), live in sorted(edges.items(), key=lambda item: item[1]):
+    arcs: dict[tuple[Part, Part], float] = {}  # how high above the boxes an edge passes
+    for source, target in edges:
         distance = place[target] - place[source]
-        if distance == 0:
-            continue
-        curve = 0.0 if distance == 1 else (-0.32 if place[source] % 2 else 0.32)
-        width = 0.4 + 7 * (live / most) ** 0.5
+        if distance > 0:
+            side = -1 if place[source] % 2 == 0 else 1
+            arcs[source, target] = side * CURVE * (distance - 0.6) / 2 if distance > 1 else 0.0
+    top, bottom = max([0.25, *arcs.values()]) + 0.15, min([-0.25, *arcs.values()]) - 0.15
+    figure = Figure(figsize=(1.5 * len(order), 1.5 * (top - bottom) + 0.3), layout="constrained")
+    axes = figure.subplots()
+    for (source, target), height in sorted(arcs.items(), key=lambda item: edges[item[0]]):
+        live = edges[source, target]
+        bend = 0.0 if height == 0 else -CURVE if height > 0 else CURVE
         axes.add_patch(
             FancyArrowPatch(
-                (place[source] + 0.3, 0), (place[target] - 0.3, 0), connectionstyle=f"arc3,rad={curve}",
-                arrowstyle="-", linewidth=width, color="C0", alpha=0.35, zorder=1, capstyle="round",
+                (place[source] + 0.3, 0), (place[target] - 0.3, 0), connectionstyle=f"arc3,rad={bend}",
+                arrowstyle="-", linewidth=0.4 + 7 * (live / most) ** 0.5, color="C0", alpha=0.35, zorder=1,
+                capstyle="round",
             )
         )  # fmt: skip
         middle = (place[source] + place[target]) / 2
-        height = 0.2 if distance == 1 else -curve * (distance - 0.6) / 2  # the arc's apex: the axes' scales are equal
         axes.text(middle, height, f"{live:,}", ha="center", va="center", fontsize=7, zorder=3, bbox=PLAIN_BOX)
     for part in order:
-        nodes = structure.node_offsets()[part][1]
         axes.add_patch(
             FancyBboxPatch(
-                (place[part] - 0.24, -0.11),
-                0.48,
-                0.22,
-                boxstyle="round,pad=0.05",
-                zorder=2,
-                facecolor="white",
+                (place[part] - 0.24, -0.16), 0.48, 0.32, boxstyle="round,pad=0.05", zorder=2, facecolor="white",
                 edgecolor="C0",
             )
-        )
-        label = f"{_part_label(network, part)}\n{nodes} {'node' if nodes == 1 else 'nodes'}"
-        axes.text(place[part], 0, label, ha="center", va="center", fontsize=8, zorder=3)
-    height = 0.16 * (len(order) - 1) + 0.3
-    axes.set(xlim=(-0.5, len(order) - 0.5), ylim=(-height, height), aspect="equal")
+        )  # fmt: skip
+        label = _part_label(network, part, edges.get((part, part), 0))
+        axes.text(place[part], 0, label, ha="center", va="center", fontsize=7, zorder=3)
+    axes.set(xlim=(-0.5, len(order) - 0.5), ylim=(bottom, top), aspect="equal")
     axes.set_axis_off()
-    axes.set_title("live weights between groups of nodes")
+    axes.set_title("live weights between groups of nodes", fontsize=9)
     return figure
 
 
@@ -163,7 +163,7 @@ def part_edges(network: Network) -> dict[tuple[tuple, tuple], int]:
 
 
 def kernels(network: Network, shown: int = 10) -> Figure:
-    """For each conv layer how often each tap is live (left), and its most frequent kernel shapes."""
+    """For each conv layer how often each tap is live (left), and its most frequent kernel shapes with their counts."""
     layers = [(name, layer) for name, layer in masked_layers(network) if isinstance(layer, MaskedConv2d)]
     figure = Figure(figsize=(1.0 * (shown + 2.6), 1.12 * len(layers) + 0.3), layout="constrained")
     grid = figure.subplots(len(layers), shown + 1, squeeze=False)
@@ -181,6 +181,7 @@ def kernels(network: Network, shown: int = 10) -> Figure:
             axes.set_visible(False)
         for axes in row:
             axes.set(xticks=[], yticks=[])
+    figure.suptitle("live weights by tap, and the most frequent kernel shapes with their counts", fontsize=9)
     return figure
 
 
@@ -193,9 +194,16 @@ def kernel_shapes(layer: MaskedConv2d, shown: int = 10) -> tuple[torch.Tensor, t
 
 
 def _mark_expansions(axes, log: Log) -> None:
-    for entry in log:
-        if entry["event"] == "expansion":
-            axes.axvline(entry["epoch"], **EXPANSION)
+    for number, entry in enumerate(entry for entry in log if entry["event"] == "expansion"):
+        axes.axvline(entry["epoch"], label=None if number else "expansion", **EXPANSION)
+
+
+def _plain_log_scale(axes) -> None:
+    """A logarithmic scale with labels such as 0.5 and 20 instead of powers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.yaxis.set_minor_formatter("{x:g}")
 
 
 def _short(name: str) -> str:
@@ -205,9 +213,17 @@ def _short(name: str) -> str:
     return f"{place} +{int(name.split('.')[-1]) + 1}" if is_identity(name) else place
 
 
-def _part_label(network: Network, part: Part) -> str:
-    if part[0] == "image":
-        return "image"
+def _part_label(network: Network, part: Part, inside: int) -> str:
+    """What a box says; inside: live weights of the group's identity layers."""
+    structure = network.structure
+    nodes = structure.node_offsets()[part][1]
+    name = "image" if part[0] == "image" else f"hidden {part[1]}"
     if part[0] == "block":
-        return f"stage {part[1]}\nlayer {part[2]}"
-    return "classes" if part[1] == len(network.head) - 1 else f"hidden {part[1]}"
+        name = f"stage {part[1]}\nlayer {part[2]}"
+    elif part == ("hidden", len(structure.hidden)):
+        name = "classes"
+    lines = [name, f"{nodes} {'node' if nodes == 1 else 'nodes'}"]
+    if inside:
+        layers = structure.blocks()[part].identities
+        lines.append(f"+{layers} {'layer' if layers == 1 else 'layers'}: {inside:,}")
+    return "\n".join(lines)

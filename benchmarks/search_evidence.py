@@ -1,99 +1,126 @@
-"""ILNAS against its rivals on one template: runs, keeps results as JSON, and writes the table of docs/evidence.md.
+"""ILNAS against its rivals on Fashion-MNIST: runs them, keeps results as JSON, writes the tables of docs/evidence.md.
 
-    python -m benchmarks.search_evidence --data DIR                    minutes a run on two cores
-    python -m benchmarks.search_evidence --data DIR --scale full       Fashion-MNIST whole, budget 100k: hours
+    python -m benchmarks.search_evidence --data DIR                     everything: about five hours on one core
+    python -m benchmarks.search_evidence --data DIR --scale small       the small scale: about an hour
+    python -m benchmarks.search_evidence --tables                       only write the tables anew
 
-Every run has the same template, epochs, batches and learning rate schedule and differs only in the options named.
-Results that the JSON file holds already are not run again, so the script can be stopped and started at will.
+All runs of a scale share template, images, batches, epochs and learning rate schedule, and differ in the options named
+here alone. A run that the JSON file holds is not repeated, so the script can be stopped and started at will, and two of
+them may share the work (``--only``).
 """
 
 import argparse
+import fcntl
 import json
-import statistics
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.evidence_tables import write_tables
+from benchmarks.machine import describe_machine
 from ilnas.cli import dataset_of, reuse_memory
 from ilnas.config import make_config
 from ilnas.trainer import Trainer
 
-SCALES: dict[str, dict[str, Any]] = {
-    "small": {
-        "image_size": 14, "train_images": 8_000, "widths": "12,24/32,64", "budget": 8_000, "epochs": 5, "crop": 0,
-        "test_every": 100,
-    },
-    "full": {"widths": "32,32/64,64/128,128", "budget": 100_000, "epochs": 60, "test_every": 100},
-}  # fmt: skip
-PAPER = {"preset": "paper", "nodes": 0, "layers": 0, "granularity": "weight"}
-RIVALS: dict[str, dict[str, Any]] = {
-    "ILNAS (default)": {},
+Options = dict[str, Any]
+
+COMMON: Options = {"dataset": "fashion-mnist", "image_size": 14, "train_images": 20_000, "crop": 0, "test_every": 1000}
+SCALES: dict[str, Options] = {
+    "main": COMMON | {"widths": "24,32/192,256", "budget": 100_000, "epochs": 6},
+    # Half of the 60,000 images validate here: what is chosen at this scale must not hang on chance.
+    "small": COMMON | {"widths": "16,32/48,64", "budget": 8_000, "epochs": 8, "validation": 0.5},
+}
+RIVALS: dict[str, Options] = {
+    "ILNAS": {},
     "random growth": {"method": "random"},
     "static random sparse": {"method": "static"},
-    "SET, 30 % moved": {"method": "set", "move": 0.3, "growth_end": 0.75},
-    "RigL, 30 % moved": {"method": "rigl", "move": 0.3, "growth_end": 0.75},
-    "dense, then pruned": {"method": "prune", "growth_start": 0.25, "growth_end": 0.75, "interval": 0.25},
+    "SET": {"method": "set", "move": 0.3},
+    "RigL": {"method": "rigl", "move": 0.3},
+    "dense, then pruned": {"method": "prune", "growth_start": 0.25, "interval": 0.25},
     "narrow dense": {"method": "dense"},
-    "paper's setting, connections only": PAPER,
-    "paper's setting, nodes and layers": {**PAPER, "nodes": 2, "layers": 1},
-    "no hyper-step": {"hyper_step": False},
-    "kernels": {"granularity": "kernel"},
-    "mixed": {"granularity": "mixed"},
-    "nodes and layers": {"nodes": 2, "layers": 1},
+    "the paper's preset": {"preset": "paper"},
+    "the paper's preset, connections only": {"preset": "paper", "nodes": 0, "layers": 0, "granularity": "weight"},
+}
+EQUAL_MACS = "ILNAS, as many MACs as static"
+RIVAL_OF_EQUAL_MACS = "static random sparse"
+ABLATIONS: dict[str, Options] = {
     "A_lr 0.03": {"alr": 0.03},
     "A_lr 0.05": {"alr": 0.05},
     "A_lr 0.3": {"alr": 0.3},
+    "no hyper-step": {"hyper_step": False},
+    "kernels": {"granularity": "kernel"},
+    "mixed": {"granularity": "mixed"},
     "top instead of sampled": {"selection": "top"},
     "nothing moved": {"move": 0.0},
+    "nodes and layers": {"nodes": 2, "layers": 1},
+    "n/m 2": {"candidates": 2.0},
+    "n/m 16": {"candidates": 16.0},
 }
+NAMES = {"main": [*RIVALS, EQUAL_MACS], "small": [*RIVALS, EQUAL_MACS, *ABLATIONS]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder of Fashion-MNIST's original files")
-    parser.add_argument("--scale", choices=SCALES, default="small")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", default=list(RIVALS), help="names of rivals, as in the table")
+    parser.add_argument("--data", help="folder of Fashion-MNIST's original files")
+    parser.add_argument("--scale", choices=SCALES, nargs="*", default=list(SCALES))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="*", help="names of runs, as in the tables; default: all of the scale")
     parser.add_argument("--results", type=Path, default=Path("docs/evidence.json"))
+    parser.add_argument("--page", type=Path, default=Path("docs/evidence.md"))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tables", action="store_true", help="run nothing, write the tables of what is there")
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    reuse_memory()
-    results = json.loads(given.results.read_text()) if given.results.is_file() else {}
-    for seed in range(given.seeds):
-        for name in given.only:
-            key = f"{given.scale}/{name}/{seed}"
-            if key not in results:
-                results[key] = one_run(SCALES[given.scale] | RIVALS[name], seed, given.data)
-                given.results.write_text(json.dumps(results, indent=1) + "\n")
-                print(f"{key}: {100 * results[key]['test_accuracy']:.2f} %", flush=True)
-    print(table(results, given.scale))
+    if not given.tables:
+        if not given.data:
+            parser.error("--data DIR is needed to run anything")
+        torch.set_num_threads(given.threads)
+        reuse_memory()
+        for scale in given.scale:
+            for seed in given.seeds:
+                for name in given.only or NAMES[scale]:
+                    run_once(given.results, scale, name, seed, given.data)
+    write_tables(given.page, read(given.results), NAMES)
 
 
-def one_run(options: dict[str, Any], seed: int, data: str) -> dict[str, Any]:
-    config = make_config({"dataset": "fashion-mnist", "data": data, "seed": seed}, options)
-    return vars(Trainer(config, dataset_of(config)).train())
+def run_once(path: Path, scale: str, name: str, seed: int, data: str) -> None:
+    """One run, unless it has been made already."""
+    runs = read(path)["runs"]
+    if key(scale, name, seed) in runs:
+        return
+    options = options_of(runs, scale, name, seed)
+    config = make_config({"data": data, "seed": seed}, options)
+    result = vars(Trainer(config, dataset_of(config)).train())
+    keep(path, key(scale, name, seed), options | {"seed": seed}, result)
+    print(f"{key(scale, name, seed)}: {100 * result['test_accuracy']:.2f} %, {result['seconds']:.0f} s", flush=True)
 
 
-def table(results: dict[str, dict[str, Any]], scale: str) -> str:
-    """Mean and standard deviation over the seeds, as Markdown, best mean first."""
-    rows = []
-    for name in RIVALS:
-        found = [result for key, result in results.items() if key.rsplit("/", 1)[0] == f"{scale}/{name}"]
-        if found:
-            accuracy = [100 * result["test_accuracy"] for result in found]
-            spread = f"{statistics.stdev(accuracy):.2f}" if len(accuracy) > 1 else "-"
-            macs = statistics.mean(result["training_macs"] for result in found)
-            live = round(statistics.mean(result["live"] for result in found))
-            rows.append((statistics.mean(accuracy), name, spread, len(found), live, macs))
-    lines = [
-        "| method | test accuracy, % | standard deviation | seeds | live | training MACs, forward |",
-        "|---|---|---|---|---|---|",
-    ]
-    for mean, name, spread, seeds, live, macs in sorted(rows, reverse=True):
-        lines.append(f"| {name} | {mean:.2f} | {spread} | {seeds} | {live:,} | {macs:.2e} |")
-    return "\n".join(lines)
+def options_of(runs: dict[str, Any], scale: str, name: str, seed: int) -> Options:
+    """What a run is given. The run at equal multiply-accumulates gets as many epochs more as its rival costs more."""
+    if name != EQUAL_MACS:
+        return (RIVALS | ABLATIONS)[name] | SCALES[scale]
+    ours, rival = (runs[key(scale, n, seed)]["result"]["training_macs"] for n in ("ILNAS", RIVAL_OF_EQUAL_MACS))
+    return SCALES[scale] | {"epochs": int(SCALES[scale]["epochs"] * rival / ours)}
+
+
+def key(scale: str, name: str, seed: int) -> str:
+    return f"{scale}/{name}/{seed}"
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {"runs": {}}
+
+
+def keep(path: Path, name: str, options: Options, result: dict[str, Any]) -> None:
+    """Add one run to the file, which another process may be adding to as well; one line a run."""
+    with Path(f"{path}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        runs = read(path)["runs"] | {name: {"options": options, "result": result, "machine": describe_machine()}}
+        lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(runs[k])}" for k in sorted(runs))
+        partial = path.with_suffix(".partial")
+        partial.write_text(f'{{"runs": {{\n{lines}\n}}}}\n')
+        os.replace(partial, path)
 
 
 if __name__ == "__main__":

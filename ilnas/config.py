@@ -61,8 +61,8 @@ class Config:
         "RigL; gradual pruning of a dense network; a narrow dense network",
     )
     budget: int = _option(20_000, "search", "C: live weights and biases at most")
-    growth_end: float = _option(0.5, "search", "share of the steps after which the architecture is fixed")
-    growth_start: float = _option(0.02, "search", "share of the steps before the first expansion")
+    growth_end: float = _option(0.12, "search", "share of the steps after which nothing is added; the budget is met")
+    growth_start: float = _option(0.01, "search", "share of the steps before the first expansion")
     alr: float = _option(0.1, "search", "A_lr: parameters added per expansion, relative to the live ones")
     alr_decay: str = _option("cosine", "search", "how A_lr falls over the growth period")
     trigger: str = _option(
@@ -71,15 +71,20 @@ class Config:
         "when to expand: so that the budget is met exactly at growth_end; every --interval epochs; "
         "or when the training loss stops falling",
     )
-    interval: float = _option(1.0, "search", "j: epochs between expansions (triggers interval and plateau)")
+    interval: float = _option(0.5, "search", "j: epochs between moves, and between expansions but for trigger solved")
     patience: int = _option(100, "search", "plateau: steps over which the loss is averaged and compared")
     tolerance: float = _option(0.01, "search", "plateau: relative fall of the loss below which it has stopped")
     candidates: float = _option(4.0, "search", "n/m: first-level candidates per parameter to add")
     hyper_step: bool = _option(True, "search", "score by |g + g*|; off: by |g| alone")
     hyper_lr: float = _option(0.0, "search", "learning rate of the hyper step; 0 for the current one")
     ranking: str = _option("global", "search", "one ranking, a quota by layer, or gradients normalised by layer")
-    selection: str = _option("sampled", "search", "the best candidates, or drawn in proportion to the score")
-    move: float = _option(0.1, "search", "share of the live weights, the smallest, that is moved at each expansion")
+    selection: str = _option("sampled", "search", "the best candidates, or drawn in proportion to the squared score")
+    move: float = _option(
+        0.2,
+        "search",
+        "share of the live weights, the smallest, that is moved at each expansion; falls as a cosine to 0",
+    )
+    move_end: float = _option(0.75, "search", "share of the steps after which nothing is moved or pruned")
     granularity: str = _option(
         "weight",
         "search",
@@ -119,8 +124,11 @@ class Config:
                 raise ValueError(f"{_flag(name)} must lie in [{low}, {high}], got {value}")
         if self.autocast not in ("", "bfloat16", "float16"):
             raise ValueError(f"--autocast must be bfloat16, float16 or empty, got {self.autocast!r}")
-        if self.growth_start > self.growth_end:
-            raise ValueError(f"--growth-start {self.growth_start} must not be after --growth-end {self.growth_end}")
+        last = "growth_end" if self.method in ("ilnas", "random") else "move_end"
+        if self.growth_start > getattr(self, last):
+            raise ValueError(
+                f"--growth-start {self.growth_start} must not be after {_flag(last)} {getattr(self, last)}"
+            )
         _ = self.stage_widths, self.hidden_widths
 
     @property
@@ -140,7 +148,7 @@ _SHARE = (0.0, 1.0)
 _LARGE = 10**12
 _RANGES = (
     ("validation", 0.0, 0.9), ("base", 1e-6, 1.0), ("growth_end", *_SHARE), ("growth_start", *_SHARE),
-    ("move", *_SHARE), ("warmup", *_SHARE), ("momentum", *_SHARE), ("label_smoothing", *_SHARE),
+    ("move", *_SHARE), ("move_end", *_SHARE), ("warmup", *_SHARE), ("momentum", *_SHARE), ("label_smoothing", *_SHARE),
     ("budget", 1, _LARGE), ("epochs", 0, _LARGE), ("batch_size", 1, _LARGE), ("alr", 1e-6, 1e6),
     ("candidates", 1.0, 1e6), ("interval", 1e-6, 1e9), ("patience", 1, _LARGE), ("tolerance", 0.0, 1.0),
     ("lr", 0.0, 1e6), ("weight_decay", 0.0, 1e6), ("clip", 0.0, 1e12), ("train_images", 0, _LARGE),

@@ -21,6 +21,7 @@ from ilnas.expansion import (
     tentative_copy,
 )
 from ilnas.granularity import Pool, grain_at
+from ilnas.measure import network_macs
 from ilnas.offers import commit, conditions_of, draw_offers, moved_patterns, offer
 from ilnas.randomness import generator_for
 from ilnas.selection import Conditions, choose
@@ -34,17 +35,21 @@ def architecture_step(
 ) -> dict[str, Any]:  # fmt: skip
     """Bring the network to ``target`` live parameters, moving ``moved`` of the smallest live weights as well.
 
-    Returns what was done, for the log. With non-finite scoring gradients nothing is changed and "skipped" says why.
+    Returns what was done, for the log, with the multiply-accumulates of the scoring batches' forward passes. With
+    non-finite scoring gradients nothing is changed and "skipped" says why.
     """
-    size = config.scoring_batch or 2 * config.batch_size
+    size, macs = config.scoring_batch or 2 * config.batch_size, 0
 
     def backward(model: nn.Module, which: int) -> None:
+        nonlocal macs
         images, labels = batches.sample(size, f"scoring {which}", step)
         F.cross_entropy(model(images), labels).backward()
+        macs += network_macs(model) * len(labels)
 
-    return change_architecture(
+    report = change_architecture(
         network, optimizer, config, backward, target, moved=moved, lr=lr, progress=progress, step=step
     )
+    return report | {"scoring_macs": macs}
 
 
 def change_architecture(

@@ -45,8 +45,9 @@ def solve_targets(base: int, budget: int, alr: float, decay: str, most: int) -> 
 class ArchitectureSchedule:
     """Says at each step whether the architecture changes now and to how many live parameters.
 
-    growth (ilnas, random): from base to budget. move only (set, rigl): the budget stays, and a share that falls as a
-    cosine is moved. prune: from all live down to the budget, cubically (Zhu and Gupta, 2017). static, dense: never.
+    ilnas, random: growth from base to budget until ``growth_end``, then moves at the budget until ``move_end``. set,
+    rigl: moves alone. The moved share falls as a cosine to 0 at ``move_end`` (Evci et al., 2020). prune: from all live
+    down to the budget at ``move_end``, cubically (Zhu and Gupta, 2017). static, dense: never.
     """
 
     config: Config
@@ -59,23 +60,27 @@ class ArchitectureSchedule:
 
     def __post_init__(self) -> None:
         self.first = math.ceil(self.config.growth_start * self.total_steps)
-        self.end = max(math.floor(self.config.growth_end * self.total_steps), min(1, self.total_steps))
+        least = min(1, self.total_steps)
+        self.end = max(math.floor(self.config.growth_end * self.total_steps), least)
+        self.last = max(math.floor(self.config.move_end * self.total_steps), least)
+        if self.config.method in ("ilnas", "random"):
+            self.last = max(self.last, self.end) if self.config.move else self.end
         self.interval = max(1, round(self.config.interval * self.steps_per_epoch))
         self.planned = self._plan() if self.config.trigger == "solved" or self.config.method == "prune" else {}
 
     def due(self, step: int, live: int) -> int | None:
         """The live count that the architecture step at this training step must reach; None when none is due."""
         config = self.config
-        if config.method in ("static", "dense") or step > self.end or step < self.first:
+        if config.method in ("static", "dense") or step > self.last or step < self.first:
             return None
         if self.planned or config.trigger == "solved" or config.method == "prune":
             return self.planned.get(step)
         triggered = step - self.last_step >= self.interval or (config.trigger == "plateau" and self._stalled())
         if not triggered or step == 0:
             return None
-        if config.method in ("set", "rigl"):
+        if config.method in ("set", "rigl") or (live >= config.budget and config.move):
             return live
-        if live >= config.budget:
+        if live >= config.budget or step > self.end:
             return None
         return min(config.budget, live + math.ceil(self.alr(step) * live))
 
@@ -88,10 +93,8 @@ class ArchitectureSchedule:
 
     def moved(self, step: int, live: int) -> int:
         """How many of the smallest live weights are moved at this step."""
-        share = self.config.move
-        if self.config.method in ("set", "rigl"):
-            share *= 0.5 * (1 + math.cos(math.pi * self.progress(step)))
-        return math.floor(share * live)
+        passed = min(max((step - self.first) / max(self.last - self.first, 1), 0.0), 1.0)
+        return math.floor(self.config.move * 0.5 * (1 + math.cos(math.pi * passed)) * live)
 
     def record_loss(self, loss: float) -> None:
         if self.config.trigger == "plateau":
@@ -116,19 +119,23 @@ class ArchitectureSchedule:
         return now > (1 - self.config.tolerance) * before
 
     def _plan(self) -> dict[int, int]:
-        """The steps and live counts of the solved schedule, the last one at ``growth_end``."""
-        config, span = self.config, self.end - self.first
+        """The steps and live counts of the solved schedule."""
+        config = self.config
+        end = self.last if config.method == "prune" else self.end
+        span = end - self.first
         if config.method in ("ilnas", "random"):
             targets = solve_targets(self.base, config.budget, config.alr, config.alr_decay, max(span, 1))
-        elif config.method in ("set", "rigl"):
-            targets = [self.base] * min(max(span // self.interval, 1), span)
         elif config.method == "prune":
             count = max(min(span // self.interval, span), 1)
             excess = max(self.base - config.budget, 0)
             targets = [config.budget + round(excess * (1 - k / count) ** 3) for k in range(1, count + 1)]
         else:
             targets = []
-        return {self.first + (span * k) // len(targets): target for k, target in enumerate(targets, 1)}
+        sizes = {self.first + (span * k) // len(targets): target for k, target in enumerate(targets, 1)}
+        if config.move and config.method != "prune":
+            start, size = max(sizes, default=self.first), targets[-1] if targets else self.base
+            sizes |= {step: size for step in range(start + self.interval, self.last + 1, self.interval)}
+        return sizes
 
 
 def learning_rate(config: Config, step: int, total_steps: int) -> float:

@@ -25,8 +25,9 @@ def choose(
     """Positions in the pool of the candidates to add, and the conditions they need; together at most ``budget``.
 
     selection "top": groups by falling score. "sampled": groups drawn without replacement, each time in proportion to
-    the score (the largest of log score + Gumbel noise). A group that does not fit any more gives its best members, so
-    what is spent falls short of the budget only when candidates run out or cannot pay their condition.
+    score^2, what a step of gradient descent on the group takes off the loss per parameter (the largest of log score^2 +
+    Gumbel noise). A group that does not fit any more gives its best members, so what is spent falls short of the budget
+    only when candidates run out or cannot pay their condition.
     """
     if not len(pool) or budget <= 0:
         return torch.empty(0, dtype=torch.int64), set()
@@ -34,7 +35,7 @@ def choose(
     keys = scores
     if selection == "sampled":
         uniform = torch.rand(len(scores), dtype=torch.float64, generator=generator)
-        keys = scores.log() - (-uniform.clamp_min(1e-300).log()).log()
+        keys = 2 * scores.log() - (-uniform.clamp_min(1e-300).log()).log()
     order = keys.argsort(descending=True, stable=True)
     if not conditions.cost and bool((sizes == 1).all()):
         in_group_order = pool.group.argsort(stable=True)

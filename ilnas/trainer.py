@@ -31,7 +31,8 @@ from ilnas.template import Network, live_parameters
 
 @dataclass(frozen=True)
 class Result:
-    """The end of a run; accuracies in [0, 1], macs per image, seconds of training in all its parts."""
+    """The end of a run; accuracies in [0, 1], macs per image; training_macs of all forward passes of training
+    and scoring; seconds of training in all its parts."""
 
     test_accuracy: float
     validation_accuracy: float | None
@@ -170,6 +171,7 @@ class Trainer:
             progress=self.schedule.progress(self.step),
         )  # fmt: skip
         self.schedule.record_expansion(self.step)
+        self.training_macs += report["scoring_macs"]
         self._log(
             "expansion", step=self.step, epoch=self.step / self.batches.per_epoch, live_before=live,
             live=self.live, target=target, **report, took=time.monotonic() - began,

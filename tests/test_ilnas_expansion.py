@@ -209,10 +209,10 @@ def test_choose_walks_groups_and_pays_for_conditions():
     assert choose(pool.take(torch.arange(0)), none, 5, "top", torch.Generator())[0].numel() == 0
 
 
-def test_sampling_is_in_proportion_to_the_score():
+def test_sampling_is_in_proportion_to_the_squared_score():
     network, _ = trained_network()
     pool = random_candidates(network, 4, torch.Generator().manual_seed(0))
-    pool.score = torch.tensor([0.0, 1.0, 2.0, 5.0])
+    pool.score = torch.tensor([0.0, 1.0, 2.0, 5.0]).sqrt()
     generator = torch.Generator().manual_seed(1)
     none = Conditions(torch.full((4,), -1))
     first = torch.bincount(

@@ -28,18 +28,27 @@ def test_solved_targets_when_there_is_no_room():
     assert solve_targets(100, 1000, 0.1, "constant", 2)[-1] == 1000
 
 
+@pytest.mark.parametrize("move", [0.0, 0.2])
 @pytest.mark.parametrize("method", ["ilnas", "random"])
-def test_growth_ends_exactly_where_the_schedule_says(method):
-    config = make_config({"budget": 5000, "growth_end": 0.5, "method": method})
+def test_growth_ends_exactly_where_the_schedule_says(method, move):
+    config = make_config({"budget": 5000, "growth_end": 0.5, "move": move, "move_end": 0.75, "method": method})
     schedule = ArchitectureSchedule(config, 1000, 400, 10)
     live, changes = 1000, {}
     for step in range(400):
         if (target := schedule.due(step, live)) is not None:
             changes[step] = live = target
             schedule.record_expansion(step)
-    assert max(changes) == 200
-    assert changes[200] == 5000
+    growth = {step: target for step, target in changes.items() if step <= 200}
+    assert changes[200] == 5000 > max(target for step, target in growth.items() if step < 200)
     assert min(changes) > schedule.first
+    moves = {step: target for step, target in changes.items() if step > 200}
+    assert moves == (dict.fromkeys(range(205, 301, 5), 5000) if move else {})
+
+
+def test_the_moved_share_falls_to_nothing():
+    config = make_config({"move": 0.2, "move_end": 0.8, "growth_start": 0.2, "growth_end": 0.3})
+    schedule = ArchitectureSchedule(config, 1000, 400, 10)
+    assert [schedule.moved(step, 1000) for step in (80, 200, 320)] == [200, 100, 0]
 
 
 def test_interval_trigger_grows_by_alr_and_stops_at_the_budget():
@@ -52,6 +61,7 @@ def test_interval_trigger_grows_by_alr_and_stops_at_the_budget():
             "budget": 3000,
             "growth_end": 1.0,
             "growth_start": 0.0,
+            "move": 0.0,
         }
     )
     schedule = ArchitectureSchedule(config, 1000, 100, 5)
@@ -65,7 +75,7 @@ def test_interval_trigger_grows_by_alr_and_stops_at_the_budget():
 
 
 def test_plateau_trigger_waits_for_the_loss():
-    config = make_config({"trigger": "plateau", "patience": 5, "interval": 1e6, "tolerance": 0.01, "growth_start": 0.0})
+    config = make_config({"trigger": "plateau", "patience": 5, "interval": 1e6, "growth_start": 0.0})
     schedule = ArchitectureSchedule(config, 1000, 1000, 10)
     for step in range(30):  # falls by 5 % a step
         assert schedule.due(step, 1000) is None
@@ -87,7 +97,7 @@ def test_moving_methods_keep_the_size(method):
     targets = [schedule.due(step, 2000) for step in range(400)]
     assert {t for t in targets if t is not None} == {2000}
     assert schedule.moved(schedule.first, 2000) == 600
-    assert schedule.moved(schedule.end, 2000) == 0
+    assert schedule.moved(schedule.last, 2000) == 0
 
 
 def test_pruning_falls_to_the_budget():

@@ -38,10 +38,11 @@ def row(name: str, found: list[Run]) -> str:
         return mean(run["result"][column] for run in found)
 
     epochs = "-".join(str(count) for count in sorted({run["options"]["epochs"] for run in found}))
-    return (
-        f"| {name} | {percent(found, 'test_accuracy')} | {percent(found, 'validation_accuracy')} | {len(found)} "
-        f"| {epochs} | {average('live'):,.0f} | {average('macs') / 1e6:.2f}e6 | {average('training_macs') / 1e12:.3f}e12 |\n"
-    )
+    cells = [
+        name, percent(found, "test_accuracy"), percent(found, "validation_accuracy"), len(found), epochs,
+        f"{average('live'):,.0f}", f"{average('macs') / 1e6:.2f}e6", f"{average('training_macs') / 1e12:.3f}e12",
+    ]  # fmt: skip
+    return f"| {' | '.join(map(str, cells))} |\n"
 
 
 def percent(found: list[Run], column: str) -> str:

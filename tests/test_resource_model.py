@@ -77,7 +77,7 @@ def test_the_pattern_is_that_of_ilnas_kernels():
         assert torch.equal(tensor, getattr(theirs, name)), name
 
 
-@pytest.mark.parametrize("op", resource_model.OPS)
+@pytest.mark.parametrize("op", ["forward", "grad_input", "grad_values"])
 def test_counted_work_is_the_work_of_the_problem(library, op):
     """float32: every live weight meets every result once; positions of a tile outside the image may add to that."""
     device = Device(library, arch=75, profile=True)
@@ -85,6 +85,18 @@ def test_counted_work_is_the_work_of_the_problem(library, op):
     nnz = round(0.2 * SMALL.out_channels * SMALL.in_channels * SMALL.kernel**2)
     useful = nnz * SMALL.batch * SMALL.height * SMALL.width
     assert useful <= sum(launch.counts["fma"] for launch in launches) <= 2.5 * useful
+
+
+def test_absent_topk_counts_every_weight_once(library):
+    """One pass over the tiles, of 64 by 128 weights, and none of those that find the search done."""
+    device = Device(library, arch=75, profile=True)
+    launches = resource_model.run_launches(device, "absent_topk", SMALL, "float32", 0.2)
+    names = [launch.kernel.split("<")[0] for launch in launches]
+    assert names == ["start_kernel", "gradient_tiles_kernel", "filter_kernel", "decide_kernel",
+                     "sort_blocks_kernel", "decode_kernel"]  # fmt: skip
+    tiles = -(-SMALL.out_channels // 64) * -(-SMALL.in_channels * SMALL.kernel**2 // 128)
+    computed = tiles * 64 * 128 * SMALL.batch * SMALL.height * SMALL.width
+    assert computed <= launches[1].counts["fma"] <= 1.1 * computed + tiles * 64 * 128 * 8 * launches[1].blocks
 
 
 @pytest.mark.parametrize("op", resource_model.OPS)

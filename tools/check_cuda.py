@@ -52,6 +52,8 @@ EXPECTED = (
     Expectation(r"direct_kernel<", ("FFMA", VECTOR_SHARED_LOAD)),
     Expectation(r"grad_values_kernel<", ("FFMA", VECTOR_SHARED_LOAD)),
     Expectation(r"gradient_tiles_kernel<", ("FFMA", VECTOR_SHARED_LOAD)),
+    Expectation(r"gradient_tiles_tensor_kernel<.*false>", (r"HMMA\.(1688|16816)\.F32", r"LDSM\.16\.M88\.4")),
+    Expectation(r"gradient_tiles_tensor_kernel<.*true>", (r"HMMA\.(1688|16816)\.F32", r"LDSM\.16\.MT88\.4")),
 )
 
 

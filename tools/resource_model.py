@@ -34,9 +34,10 @@ from torch import Tensor
 
 from tests.simt.harness import ROOT, Device, In, InOut, Launch, Scratch, compile_kernels
 
-OPS = ("forward", "grad_input", "grad_values")
+OPS = ("forward", "grad_input", "grad_values", "absent_topk")
 DTYPES = {"float32": (0, torch.float32), "float16": (2, torch.float16), "bfloat16": (3, torch.bfloat16)}
 SEED = 0
+TOPK_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,16 @@ def run_launches(device: Device, op: str, shape: Shape, dtype: str, density: flo
         return Scratch(torch.empty(max(int(size), 1), dtype=torch.uint8))
 
     row_ptr, col = In(p["row_ptr"]), In(p["col"])
+    if op == "absent_topk":
+        k = round(TOPK_SHARE * shape.out_channels * shape.in_channels * shape.kernel**2)
+        size = torch.zeros(1, dtype=torch.long)
+        device.run("topk_workspace", sizes, k, 0, InOut(size))
+        answer = [Scratch(torch.empty(n, dtype=t)) for n, t in ((k, torch.long), (k, torch.float), (1, torch.long))]
+        launches = device.run(
+            "topk", code, sizes, row_ptr, col, nnz, In(out), strides["out"], In(x), strides["x"], k, 0, 0.0, *answer,
+            Scratch(torch.empty(int(size), dtype=torch.uint8)),
+        )  # fmt: skip
+        return usual_passes(launches)
     if op == "grad_values":
         space = workspace("grad_values_workspace")
         return device.run(
@@ -248,6 +259,15 @@ def run_launches(device: Device, op: str, shape: Shape, dtype: str, density: flo
         *rows, In(p["t_perm"]) if backward else None, nnz, Scratch(target), strides["x" if backward else "out"], form,
         space,
     )  # fmt: skip
+
+
+def usual_passes(launches: list[Launch]) -> list[Launch]:
+    """Without the passes that find the search done: the device decides, and mostly one pass over the tiles suffices.
+
+    The last seven decisions end passes that are all alike (csrc/cuda/absent_topk.cu); of those the first counts.
+    """
+    decisions = [i for i, launch in enumerate(launches) if launch.kernel == "decide_kernel"]
+    return launches[: decisions[-7] + 1] + launches[decisions[-1] + 1 :]
 
 
 def kept_form(device: Device, sizes: In, rows: tuple[In, In], nnz: int, backward: bool) -> In:

@@ -62,5 +62,8 @@ struct TopkPanel {
 // panel [count][tiles_per_unit][splits][kTileRows][kTileCols] = partial sums of the weight gradient.
 cudaError_t launch_gradient_tiles(DType, const Gather&, const void* grad_out, const void* x, const TopkTiles&,
                                   const TopkPanel&, const uint64_t* state_words, float* panel, cudaStream_t);
+// The same for 16-bit types on tensor cores; cudaErrorNotSupported where they do not serve.
+cudaError_t launch_gradient_tiles_tensor(DType, const Gather&, const void* grad_out, const void* x, const TopkTiles&,
+                                         const TopkPanel&, const uint64_t* state_words, float* panel, cudaStream_t);
 
 }  // namespace ilnas::cuda

@@ -216,6 +216,9 @@ __global__ void __launch_bounds__(kThreads, 2) gradient_tiles_kernel(TilesCall<S
 cudaError_t launch_gradient_tiles(DType dtype, const Gather& g, const void* grad_out, const void* x,
                                   const TopkTiles& tiles, const TopkPanel& units, const uint64_t* state_words,
                                   float* panel, cudaStream_t stream) {
+  const cudaError_t error =
+      launch_gradient_tiles_tensor(dtype, g, grad_out, x, tiles, units, state_words, panel, stream);
+  if (error != cudaErrorNotSupported) return error;
   return with_stored_type(dtype, [&](auto stored) {
     using S = decltype(stored);
     const Contiguous order = contiguous_of(g.source);

@@ -21,9 +21,9 @@ CASES = [
 ids = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def run(library, problem: Problem, k: int, *, by_kernel=False, floor=0.0, blocked: Pattern | None = None):
+def run(library, problem: Problem, k: int, *, arch=80, by_kernel=False, floor=0.0, blocked: Pattern | None = None):
     blocked = blocked or problem.pattern
-    device = make_device(library, problem.case, 80, SEED)
+    device = make_device(library, problem.case, arch, SEED)
     shape = In(problem.shape())
     space = workspace(device, "topk_workspace", shape, k, by_kernel)
     index, grad = torch.empty(k, dtype=torch.int64), torch.empty(k)
@@ -71,28 +71,37 @@ def check_ranking(index: Tensor, grad: Tensor, expected: Tensor, bound: Tensor, 
 
 
 @ids
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "arch"),
+    [
+        (torch.float32, 80),
+        (torch.float16, 75),
+        (torch.bfloat16, 80),
+        (torch.bfloat16, 75),  # without tensor cores
+    ],
+)
 @pytest.mark.parametrize("k", [1, 37, 3000])
-def test_weights(library, case, dtype, k):
+def test_weights(library, case, dtype, arch, k):
     problem = Problem(case, dtype)
-    index, grad, non_finite = run(library, problem, k)
+    index, grad, non_finite = run(library, problem, k, arch=arch)
     gradient, bound = reference(problem)
     check_ranking(index, grad, gradient, bound, ~problem.pattern.mask, k)
     assert non_finite == 0
 
 
 @ids
-@pytest.mark.parametrize("k", [1, 20, 5000])
-def test_kernels(library, case, k):
-    problem = Problem(case, torch.float32)
+@pytest.mark.parametrize(("dtype", "k"), [(torch.float32, 1), (torch.float32, 20), (torch.float16, 5000)])
+def test_kernels(library, case, dtype, k):
+    problem = Problem(case, dtype)
     index, grad, _ = run(library, problem, k, by_kernel=True)
     score, bound, exists = by_kernel_reference(*reference(problem), ~problem.pattern.mask)
     check_ranking(index, grad, score, bound, exists, k)
 
 
-def test_several_panels(library):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_several_panels(library, dtype):
     """More tiles than a panel holds: a sample first, every pass computed anew."""
-    problem = Problem(Case((3, 8400, 1, 1), 260, (1, 1), padding=(0, 0), density=0.01), torch.float32)
+    problem = Problem(Case((3, 8400, 1, 1), 260, (1, 1), padding=(0, 0), density=0.01), dtype)
     index, grad, _ = run(library, problem, 2500)
     gradient, bound = reference(problem)
     check_ranking(index, grad, gradient, bound, ~problem.pattern.mask, 2500)
@@ -135,8 +144,9 @@ def test_floor_and_exclude(library):
     assert torch.equal(fewer[:11], index[10:21]) and (fewer[11:] == -1).all()
 
 
-def test_non_finite_is_counted_and_not_ranked(library):
-    problem = Problem(CASES[0], torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_non_finite_is_counted_and_not_ranked(library, dtype):
+    problem = Problem(CASES[0], dtype)
     problem.grad_out[0, 4, 0, 0] = math.nan
     problem.grad_out[1, 7, 2, 3] = math.inf
     index, grad, non_finite = run(library, problem, 200)

@@ -170,6 +170,11 @@ def cases() -> Iterator[tuple[tuple[int, ...], float, torch.dtype, str]]:
                     yield shape, density, dtype, op
 
 
+def named(case: tuple[tuple[int, ...], float, torch.dtype, str]) -> list:
+    shape, density, dtype, op = case
+    return [list(shape), density, str(dtype), op]
+
+
 def table(rows: list[Row]) -> str:
     lines = [f"{'op':<12}{'layer':<26}{'density':>8}{'dtype':>10}{'ours us':>10}{'dense us':>10}{'ratio':>7}  baseline"]
     for row in rows:
@@ -192,22 +197,28 @@ def main(kind: type[Layer] = Layer, file_name: str = "gpu.json") -> None:
         raise SystemExit("bench_gpu: torch finds no GPU")
     torch.backends.cudnn.benchmark = True
     arguments.out.mkdir(parents=True, exist_ok=True)
-    end, rows, left_out = time.monotonic() + arguments.seconds, [], []
+    end, rows, left_out, failed = time.monotonic() + arguments.seconds, [], [], []
     for case in cases():
         if time.monotonic() > end:
-            left_out.append([list(case[0]), case[1], str(case[2]), case[3]])
+            left_out.append(named(case))
             continue
-        rows.append(measure(*case, kind))
+        try:
+            rows.append(measure(*case, kind))
+        except Exception as error:  # one case must not cost the others
+            failed.append([*named(case), f"{type(error).__name__}: {error}"])
         results = {
             "device": torch.cuda.get_device_name(),
             "capability": torch.cuda.get_device_capability(),
             "torch": torch.__version__,
             "rows": [asdict(row) for row in rows],
             "left_out": left_out,
+            "failed": failed,
         }
         (arguments.out / file_name).write_text(json.dumps(results, indent=1))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {len(left_out)} cases left out for want of time")
     print(table(rows))
+    if failed:
+        raise SystemExit(f"{len(failed)} cases failed, the first one: {failed[0]}")
 
 
 if __name__ == "__main__":

@@ -90,6 +90,42 @@ def test_plateau_trigger_waits_for_the_loss():
     assert schedule.due(41, 1100) is None
 
 
+def test_plateau_trigger_waits_no_longer_than_the_interval():
+    given = {
+        "trigger": "plateau", "patience": 5, "interval": 3.0, "tolerance": 0.01, "growth_start": 0.0, "growth_end": 0.5,
+        "alr": 0.1, "alr_decay": "constant", "budget": 2000,
+    }  # fmt: skip
+    schedule = ArchitectureSchedule(make_config(given), 1000, 1000, 10)
+    live, steps = 1000, []
+    for step in range(500):  # the loss falls all the while
+        if (target := schedule.due(step, live)) is not None:
+            steps.append(step)
+            live = target
+            schedule.record_expansion(step)
+        schedule.record_loss(0.95**step)
+    assert steps == [30 * k for k in range(1, len(steps) + 1)]
+    assert live == 2000
+    assert schedule.due(600, live) is None  # the architecture is fixed from growth_end on
+
+
+@pytest.mark.parametrize("trigger", ["interval", "plateau", "solved"])
+def test_the_last_epochs_have_a_fixed_architecture(trigger):
+    config = make_config({"trigger": trigger, "growth_end": 0.6, "alr": 0.01, "interval": 0.1, "budget": 10**6})
+    schedule = ArchitectureSchedule(config, 1000, 100, 10)
+    due = [step for step in range(100) if schedule.due(step, 1000) is not None]
+    assert max(due) <= 60
+
+
+@pytest.mark.parametrize("decay", ["constant", "cosine", "exponential"])
+def test_alr_decay(decay):
+    factors = [alr_factor(decay, k / 10) for k in range(11)]
+    assert factors[0] == pytest.approx(1.0)
+    assert factors == sorted(factors, reverse=True)
+    assert factors[-1] == pytest.approx({"constant": 1.0, "cosine": 0.1, "exponential": math.exp(-3)}[decay])
+    middle = {"constant": 1.0, "cosine": 0.55, "exponential": math.exp(-1.5)}[decay]
+    assert factors[5] == pytest.approx(middle)
+
+
 @pytest.mark.parametrize("method", ["set", "rigl"])
 def test_moving_methods_keep_the_size(method):
     config = make_config({"method": method, "move": 0.3})

@@ -194,7 +194,9 @@ def kernel_shapes(layer: MaskedConv2d, shown: int = 10) -> tuple[torch.Tensor, t
 
 
 def _mark_expansions(axes, log: Log) -> None:
-    for number, entry in enumerate(entry for entry in log if entry["event"] == "expansion"):
+    """Where the network grew; steps that only moved weights are too many to be marked."""
+    grown = [entry for entry in log if entry["event"] == "expansion" and entry["live"] != entry["live_before"]]
+    for number, entry in enumerate(grown):
         axes.axvline(entry["epoch"], label=None if number else "expansion", **EXPANSION)
 
 

@@ -93,7 +93,7 @@ def test_plateau_trigger_waits_for_the_loss():
 def test_plateau_trigger_waits_no_longer_than_the_interval():
     given = {
         "trigger": "plateau", "patience": 5, "interval": 3.0, "tolerance": 0.01, "growth_start": 0.0, "growth_end": 0.5,
-        "alr": 0.1, "alr_decay": "constant", "budget": 2000,
+        "alr": 0.1, "alr_decay": "constant", "budget": 2000, "move": 0.0,
     }  # fmt: skip
     schedule = ArchitectureSchedule(make_config(given), 1000, 1000, 10)
     live, steps = 1000, []
@@ -109,11 +109,17 @@ def test_plateau_trigger_waits_no_longer_than_the_interval():
 
 
 @pytest.mark.parametrize("trigger", ["interval", "plateau", "solved"])
-def test_the_last_epochs_have_a_fixed_architecture(trigger):
-    config = make_config({"trigger": trigger, "growth_end": 0.6, "alr": 0.01, "interval": 0.1, "budget": 10**6})
-    schedule = ArchitectureSchedule(config, 1000, 100, 10)
-    due = [step for step in range(100) if schedule.due(step, 1000) is not None]
-    assert max(due) <= 60
+@pytest.mark.parametrize(("move", "last"), [(0.0, 60), (0.1, 80)])
+def test_the_last_epochs_have_a_fixed_architecture(trigger, move, last):
+    given = {"growth_end": 0.6, "move_end": 0.8, "move": move, "alr": 0.01, "interval": 0.1, "budget": 2000}
+    schedule = ArchitectureSchedule(make_config({"trigger": trigger} | given), 1000, 100, 10)
+    live, due = 1000, []
+    for step in range(100):
+        if (target := schedule.due(step, live)) is not None:
+            live = max(live, target)
+            due.append(step)
+            schedule.record_expansion(step)
+    assert 50 < max(due) <= last
 
 
 @pytest.mark.parametrize("decay", ["constant", "cosine", "exponential"])

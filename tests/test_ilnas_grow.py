@@ -90,7 +90,7 @@ def test_a_resnet_ends_on_the_budget(method):
     names, dense = list(model.state_dict()), sum(p.numel() for p in model.parameters())
     seen = []
     log = ilnas.grow(
-        model, loader(), budget=2000, epochs=4, method=method, move=0.2, interval=0.5, lr=0.05,
+        model, loader(), budget=2000, epochs=4, method=method, move=0.2, interval=0.5, lr=0.05, growth_end=0.5,
         on_event=lambda entry: seen.append(patterns_of(model)),
     )  # fmt: skip
     assert live_parameters(model) == 2000

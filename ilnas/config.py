@@ -93,7 +93,7 @@ class Config:
     )
     nodes: int = _option(0, "search", "placeholder nodes offered per layer at each expansion")
     fan_in: int = _option(0, "search", "live inputs of a placeholder; 0 for the layer's mean")
-    layers: int = _option(0, "search", "identity layers offered at each expansion")
+    layers: int = _option(0, "search", "identity layers offered at each expansion, behind conv and hidden layers")
     scoring_batch: int = _option(0, "search", "images in each of the two scoring batches; 0 for twice the batch size")
     count_norm: bool = _option(False, "search", "count the normalisation's parameters towards the budget")
 

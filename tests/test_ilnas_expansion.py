@@ -22,7 +22,7 @@ from ilnas.expansion import (
 from ilnas.granularity import group_scores
 from ilnas.selection import Conditions, choose
 from ilnas.template import live_parameters, masked_layers
-from ilnas_kernels import convert
+from ilnas_kernels import convert, use_route
 
 
 def test_candidates_and_scoring_leave_the_network_alone():
@@ -75,6 +75,23 @@ def test_the_target_is_met_exactly(options, more, moved):
     optimizer.step()  # the optimiser's state fits the grown network
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in network.parameters()}
+
+
+@pytest.mark.parametrize("options", [{}, {"granularity": "kernel"}, {"granularity": "layer"}], ids=str)
+def test_an_expansion_leaves_the_outputs_as_they_are_bit_for_bit(options):
+    """Connections, nodes and layers of stages and head at once, on a trained network with BN."""
+    found = {"added": 0, "nodes": 0, "layers": 0}
+    for step in range(4):
+        network, optimizer = trained_network(hidden=[9, 6], kernel_size=5)
+        config = make_config({"nodes": 4, "layers": 2} | options)
+        with use_route("sparse"):
+            before = network.eval()(images(40))
+            report = change_architecture(
+                network, optimizer, config, scoring_backward, 900, moved=0, lr=0.1, progress=0, step=step
+            )
+            assert torch.equal(network.eval()(images(40)), before)
+        found = {name: count + report[name] for name, count in found.items()}
+    assert all(count > 0 for count in found.values()), found
 
 
 def test_nodes_and_layers_are_really_picked_in_stages_and_head():

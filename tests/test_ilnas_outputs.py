@@ -6,7 +6,7 @@ import pytest
 import torch
 from ilnas_testing import images, small_network, train_a_little
 
-from ilnas.additions import add_identity
+from ilnas.additions import add_identity, add_nodes
 from ilnas.checkpoint import RunFolder, network_from_state
 from ilnas.cli import main
 from ilnas.expansion import remove_weights
@@ -65,6 +65,20 @@ def test_nodes_that_lead_nowhere_are_squeezed_out():
     torch.testing.assert_close(plain(x), network(x), rtol=TOLERANCE, atol=TOLERANCE)
 
 
+def test_hidden_nodes_of_the_head_are_squeezed_out():
+    network = grown_network(hidden=[9, 6])
+    inputs = network.head[0].linear.in_features
+    fan_in = [(torch.tensor([0, inputs - 1]), torch.ones(2))] * 2
+    add_nodes(network, {("hidden", 0): fan_in})  # no weight leads on from these two
+    second = network.head[1].linear
+    remove_weights(network, {"head.1.linear": second.pattern.index[second.pattern.col == 4]}, None)
+    assert needed_nodes(network)["hidden", 0].tolist() == [True] * 4 + [False] + [True] * 4 + [False] * 2
+    plain = to_plain(network)
+    assert [layer.out_features for layer in plain.head] == [8, 8, 6, 6, 4]  # with one identity layer behind each
+    x = images(5)
+    torch.testing.assert_close(plain(x), network(x), rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def test_a_network_cut_through_still_exports():
     network = small_network().eval()
     for name, layer in masked_layers(network):
@@ -76,7 +90,16 @@ def test_a_network_cut_through_still_exports():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("outputs") / "run"
-    given = {"widths": "4,4/6", "budget": 500, "epochs": 2, "train_images": 256, "nodes": 1, "layers": 1, "alr": 0.2}
+    given = {
+        "widths": "4,4/6",
+        "budget": 500,
+        "epochs": 2,
+        "train_images": 256,
+        "nodes": 2,
+        "layers": 2,
+        "alr": 0.2,
+        "hidden": 8,
+    }
     arguments = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     assert main(["search", "--run", str(folder), *arguments]) == 0
     return RunFolder.open(folder)

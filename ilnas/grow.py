@@ -8,12 +8,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ilnas.base import drawn_positions, layer_counts
-from ilnas.config import make_config
+from ilnas.config import Config, make_config
+from ilnas.config import options as all_options
 from ilnas.evolve import change_architecture
 from ilnas.randomness import generator_for
 from ilnas.schedule import ArchitectureSchedule, learning_rate
-from ilnas.template import live_bias, live_parameters, masked_layers
+from ilnas.template import live_parameters, masked_layers
+from ilnas.trainer import autocast
 from ilnas_kernels import Pattern, convert
+
+# Of the groups "search" and "training", what concerns the template or the trainer's own data and loss.
+NOT_HERE = ("nodes", "fan_in", "layers", "scoring_batch", "batch_size", "label_smoothing", "test_every")
+BESIDE = ("base", "preset", "seed")
 
 
 def grow(
@@ -38,17 +44,23 @@ def grow(
     loader: batches (inputs, targets), with a length; goes through once per epoch. optimizer: one that holds the
     model's parameters already, whose learning rate is then left alone; default SGD as ``options`` say, with a cosine.
     loss(outputs, targets). options: those of ``ilnas search`` (docs/options.md) that concern search and training, such
-    as ``method="rigl"``, ``alr=0.05``, ``granularity="kernel"``. ValueError names an option that is wrong.
+    as ``method="rigl"``, ``alr=0.05``, ``granularity="kernel"``. ValueError names an option that is wrong or has no
+    meaning here.
     """
     config = make_config(options, {"budget": budget, "epochs": epochs})
+    _check_meaning(options)
     convert(model)
     layers = list(masked_layers(model))
     if not layers:
         raise ValueError("grow: the model has no convolution or linear layer")
     if config.method in ("ilnas", "random"):
-        _thin_out(model, round(config.base * budget), config.seed)
+        _thin_out(model, round(config.base * budget), config)
     elif config.method in ("static", "set", "rigl"):
-        _thin_out(model, budget, config.seed)
+        _thin_out(model, budget, config)
+
+    def live_now() -> int:
+        return live_parameters(model, count_norm=config.count_norm)
+
     own_optimizer = optimizer is None
     if optimizer is None:
         for _, layer in layers:
@@ -58,7 +70,7 @@ def grow(
         )
     steps_per_epoch = len(loader)
     total = epochs * steps_per_epoch
-    schedule = ArchitectureSchedule(config, live_parameters(model), total, steps_per_epoch)
+    schedule = ArchitectureSchedule(config, live_now(), total, steps_per_epoch)
     log: list[dict[str, Any]] = []
 
     def record(entry: dict[str, Any]) -> None:
@@ -72,7 +84,7 @@ def grow(
         loss_sum = 0.0
         for inputs, targets in loader:
             recent = [(inputs, targets), *recent[:1]]
-            live = live_parameters(model)
+            live = live_now()
             target = schedule.due(step, live)
             if target is not None:
                 done = change_architecture(
@@ -80,13 +92,14 @@ def grow(
                     lr=optimizer.param_groups[0]["lr"], progress=schedule.progress(step), step=step,
                 )  # fmt: skip
                 schedule.record_expansion(step)
-                record({"event": "expansion", "step": step, "live": live_parameters(model), **done})
+                record({"event": "expansion", "step": step, "live": live_now(), **done})
             if own_optimizer:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config, step, total)
             model.train()
             optimizer.zero_grad(set_to_none=True)
-            value = loss(model(inputs), targets)
+            with autocast(config, inputs.device.type):
+                value = loss(model(inputs), targets)
             value.backward()
             if config.clip:
                 nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -94,9 +107,7 @@ def grow(
             schedule.record_loss(float(value.detach()))
             loss_sum += float(value.detach())
             step += 1
-        record(
-            {"event": "epoch", "epoch": epoch + 1, "loss": loss_sum / steps_per_epoch, "live": live_parameters(model)}
-        )
+        record({"event": "epoch", "epoch": epoch + 1, "loss": loss_sum / steps_per_epoch, "live": live_now()})
     if own_optimizer:
         for _, layer in layers:
             layer.unpack_()
@@ -111,12 +122,20 @@ def _scoring(recent: list[tuple[Tensor, Tensor]], loss: Callable) -> Callable[[n
     return backward
 
 
-def _thin_out(model: nn.Module, live: int, seed: int) -> None:
+def _check_meaning(given: dict[str, Any]) -> None:
+    groups = {option.name: option.metadata["group"] for option in all_options()}
+    for name in given:
+        if name not in BESIDE and (groups[name] not in ("search", "training") or name in NOT_HERE):
+            raise ValueError(f"grow: option {name!r} has no meaning for a model, loader and loss of one's own")
+
+
+def _thin_out(model: nn.Module, live: int, config: Config) -> None:
     """Keep ``live`` parameters at random where more are live: every row keeps an input, shares by ``layer_counts``."""
-    if live_parameters(model) <= live:
+    excess = live_parameters(model, count_norm=config.count_norm) - live
+    if excess <= 0:
         return
     layers = dict(masked_layers(model))
-    weights = live - sum(live_bias(layer) for layer in layers.values())
+    weights = sum(layer.nnz for layer in layers.values()) - excess
     shapes = {name: tuple(layer.pattern.shape) for name, layer in layers.items()}
     least = {name: shape[0] for name, shape in shapes.items()}
     if weights < sum(least.values()):
@@ -124,7 +143,7 @@ def _thin_out(model: nn.Module, live: int, seed: int) -> None:
             f"grow: {live} live parameters are too few for {sum(least.values())} rows with an input each and "
             "their biases; raise budget or base"
         )
-    generator = generator_for(seed, "thinning out")
+    generator = generator_for(config.seed, "thinning out")
     counts = layer_counts(shapes, weights, least)
     for name, layer in layers.items():
         layer.set_mask(_random_rows(layer.pattern, counts[name], generator))

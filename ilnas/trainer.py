@@ -241,11 +241,11 @@ def training_batches(config: Config, dataset: Dataset) -> Batches:
     return Batches(dataset.train, dataset, config.batch_size, seed=config.seed, crop=crop, flip=flip)
 
 
-def autocast(config: Config):
-    """The context in which the forward pass runs."""
+def autocast(config: Config, device: str = "cpu"):
+    """The context in which the forward pass runs on a kind of device."""
     if not config.autocast:
         return contextlib.nullcontext()
-    return torch.autocast("cpu", dtype=getattr(torch, config.autocast))
+    return torch.autocast(device, dtype=getattr(torch, config.autocast))
 
 
 @torch.inference_mode()

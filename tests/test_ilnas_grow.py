@@ -52,6 +52,30 @@ def test_own_models_that_cannot_grow():
         ilnas.grow(own_model(), loader(), budget=60, epochs=1)
     with pytest.raises(ValueError, match="unknown option 'colour'"):
         ilnas.grow(own_model(), loader(), budget=400, epochs=1, colour=1)
+    with pytest.raises(ValueError, match="option 'nodes' has no meaning for a model"):
+        ilnas.grow(own_model(), loader(), budget=400, epochs=1, nodes=2)
+    with pytest.raises(ValueError, match="option 'widths' has no meaning for a model"):
+        ilnas.grow(own_model(), loader(), budget=400, epochs=1, widths="8")
+    model = own_model()
+    with pytest.raises(ValueError):
+        ilnas.grow(model, loader(), budget=400, epochs=1, nodes=2)
+    assert type(model[0]) is nn.Conv2d  # nothing has been changed yet
+
+
+@pytest.mark.parametrize("method", ["ilnas", "set"])
+def test_the_normalisation_counts_if_asked(method):
+    model = own_model()
+    ilnas.grow(model, loader(), budget=400, epochs=3, method=method, count_norm=True, interval=0.5)
+    assert live_parameters(model, count_norm=True) == 400
+    assert live_parameters(model) == 400 - 2 * 8
+
+
+def test_autocast_and_the_papers_preset():
+    model, computed = own_model(), set()
+    model[6].register_forward_hook(lambda _, __, out: computed.add(out.dtype))
+    ilnas.grow(model, loader(), budget=800, epochs=2, preset="paper", autocast="bfloat16", alr=0.5)
+    assert torch.bfloat16 in computed
+    assert live_parameters(model) == 800
 
 
 class ResidualBlock(nn.Module):

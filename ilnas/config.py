@@ -94,10 +94,10 @@ class Config:
     nodes: int = _option(0, "search", "placeholder nodes offered per layer at each expansion")
     fan_in: int = _option(0, "search", "live inputs of a placeholder; 0 for the layer's mean")
     layers: int = _option(0, "search", "identity layers offered at each expansion, behind conv and hidden layers")
-    scoring_batch: int = _option(0, "search", "images in each of the two scoring batches; 0 for twice the batch size")
+    scoring_batch: int = _option(0, "search", "images in each of the two scoring batches; 0 for as many as in a step")
     count_norm: bool = _option(False, "search", "count the normalisation's parameters towards the budget")
 
-    epochs: int = _option(40, "training", "passes over the training images")
+    epochs: int = _option(60, "training", "passes over the training images")
     batch_size: int = _option(128, "training", "images per step")
     lr: float = _option(0.1, "training", "highest learning rate; falls as a cosine to 0")
     warmup: float = _option(0.05, "training", "share of the steps in which the learning rate rises")

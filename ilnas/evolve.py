@@ -38,7 +38,7 @@ def architecture_step(
     Returns what was done, for the log, with the multiply-accumulates of the scoring batches' forward passes. With
     non-finite scoring gradients nothing is changed and "skipped" says why.
     """
-    size, macs = config.scoring_batch or 2 * config.batch_size, 0
+    size, macs = config.scoring_batch or config.batch_size, 0
 
     def backward(model: nn.Module, which: int) -> None:
         nonlocal macs

@@ -237,8 +237,8 @@ def options_markdown() -> str:
     lines = [
         "# Options of `ilnas search`",
         "",
-        "As `--name value` on the command line, `name = value` in a TOML file for `--config`, and, as far as they concern",
-        "growth and training, keyword arguments of `ilnas.grow`. Later sources win: defaults, preset, file, command line.",
+        "As `--name value` on the command line, `name = value` in a TOML file for `--config`, and those of growth and",
+        "training as keyword arguments of `ilnas.grow`. Later sources win: defaults, preset, file, command line.",
         "",
         f"Preset `paper` sets: {paper}.",
     ]

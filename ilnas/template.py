@@ -1,18 +1,17 @@
 """The template network (PAPER 4.1): stages of conv + ReLU + BN between reductions, then linear layers.
 
-Everything between two conv layers stays in the batch-last layout, where a stage's channels are one block of memory:
-each layer writes its output behind those of the earlier layers and reads all that stands before it, so nothing is
-concatenated.
+Everything between two conv layers stays in the batch-last layout, where a stage's channels are one block of memory
+(``ilnas.stage_memory``).
 """
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ilnas.stage_memory import Memory, append_norm, begin, pooled_to_grid, reduced
 from ilnas.structure import Part, Structure, identity_name, layer_name, module_name
-from ilnas_kernels import MaskedConv2d, MaskedLinear, Pattern, to_batch_last
+from ilnas_kernels import MaskedConv2d, MaskedLinear, Pattern
 
 MaskedLayer = MaskedConv2d | MaskedLinear
 
@@ -30,18 +29,13 @@ class Block(nn.Module):
     def layers(self) -> list[MaskedConv2d]:
         return [self.conv, *self.identities]
 
-    def forward(self, seen: Tensor, memory: Tensor) -> Tensor:
+    def forward(self, seen: Tensor, memory: Memory) -> Tensor:
         """seen: all that stands in the stage's memory; returns the same and this block's output behind it."""
-        x = self.conv(seen)
+        x = self.conv(seen, memory.gradient)
         for layer in self.identities:
             x = layer(F.relu(x))
-        norm = self.norm  # runs in the memory's type, float32, under autocast too
-        if self.training:
-            norm.num_batches_tracked.add_(1)
-        return _NormAppend.apply(
-            seen, x.to(memory.dtype), norm.weight, norm.bias, norm.running_mean, norm.running_var, self.training,
-            norm.momentum, norm.eps, memory,
-        )  # fmt: skip
+        # The normalisation runs in the memory's type, float32, under autocast too.
+        return append_norm(seen, x.to(seen.dtype), self.norm, memory)
 
 
 class HeadLayer(nn.Module):
@@ -66,77 +60,15 @@ class HeadLayer(nn.Module):
 class Stage(nn.Module):
     """Blocks at one resolution, each fed by the stage's input and all earlier blocks of the stage."""
 
-    def __init__(self, blocks: list[Block], output: str) -> None:
+    def __init__(self, blocks: list[Block]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.output = output
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [batch, channels, height, width], batch-last. Returns all channels of the stage or the last block's."""
-        batch, channels, height, width = x.shape
-        widths = [block.conv.out_channels for block in self.blocks]
-        memory = x.new_empty(channels + sum(widths), height, width, batch)
-        seen = _Begin.apply(x, memory)
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """x: the stage's input, which stands in its memory already; returns all channels of the stage."""
         for block in self.blocks:
-            seen = block(seen, memory)
-        return seen if self.output == "all" else seen[:, -widths[-1] :]
-
-
-class _Begin(torch.autograd.Function):
-    """Copy a stage's input to the beginning of the stage's memory [channels, height, width, batch]."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, memory: Tensor) -> Tensor:
-        beginning = memory.data[: x.shape[1]]
-        beginning.copy_(x.permute(1, 2, 3, 0))
-        return beginning.permute(3, 0, 1, 2)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _NormAppend(torch.autograd.Function):
-    """Write ``BN(ReLU(x))`` behind ``seen`` in the stage's memory; return both as one tensor, nothing of it copied.
-
-    x: [batch, channels, height, width], batch-last, overwritten by its ReLU: a conv layer's output, which no other
-    backward needs. ``seen`` is the beginning of ``memory`` already. Every result is a view of that memory over channels
-    that are never written again, so what autograd has saved stays valid; ``.data`` gives each view a version counter
-    of its own, as the counter of shared memory would call every later write a change.
-    """
-
-    @staticmethod
-    def forward(ctx, seen, x, weight, bias, running_mean, running_var, training, momentum, eps, memory):
-        ctx.start, ctx.stop = seen.shape[1], seen.shape[1] + x.shape[1]
-        ctx.training, ctx.eps = training, eps
-        own = memory.data
-        rectified = F.relu_(to_batch_last(x.data))
-        flat = _flat(rectified)
-        _, mean, inverse_std = torch.native_batch_norm(
-            flat, weight, bias, running_mean, running_var, training, momentum, eps,
-            out=(own[ctx.start : ctx.stop].view(flat.shape), flat.new_empty(0), flat.new_empty(0)),
-        )  # fmt: skip
-        ctx.save_for_backward(rectified, weight, running_mean, running_var, mean, inverse_std)
-        return own[: ctx.stop].permute(3, 0, 1, 2)
-
-    @staticmethod
-    def backward(ctx, grad):
-        rectified, weight, running_mean, running_var, mean, inverse_std = ctx.saved_tensors
-        flat = _flat(rectified)
-        grad_flat = _flat(to_batch_last(grad[:, ctx.start :]))
-        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad_flat, flat, weight, running_mean, running_var, mean, inverse_std, ctx.training, ctx.eps,
-            [True, True, True],
-        )  # fmt: skip
-        grad_x = torch.ops.aten.threshold_backward.grad_input(grad_x, flat, 0, grad_input=grad_x)
-        _, channels, height, width = rectified.shape
-        grad_x = grad_x.view(channels, height, width, -1).permute(3, 0, 1, 2)
-        return grad[:, : ctx.start], grad_x, grad_weight, grad_bias, *[None] * 6
-
-
-def _flat(x: Tensor) -> Tensor:
-    """A batch-last tensor as [1, channels, height * width * batch], which is how its memory lies."""
-    return x.permute(1, 2, 3, 0).reshape(1, x.shape[1], -1)
+            x = block(x, memory)
+        return x
 
 
 class Network(nn.Module):
@@ -155,8 +87,7 @@ class Network(nn.Module):
             identities = [masked_layer(patterns[identity_name(part, i)]) for i in range(block.identities)]
             blocks[part] = kind(masked_layer(patterns[layer_name(part)]), identities)
         self.stages = nn.ModuleList(
-            Stage([blocks["block", s, b] for b in range(len(stage))], structure.stage_output)
-            for s, stage in enumerate(structure.stages)
+            Stage([blocks["block", s, b] for b in range(len(stage))]) for s, stage in enumerate(structure.stages)
         )
         classes = HeadLayer(masked_layer(patterns[layer_name(("hidden", len(structure.hidden)))]), [])
         self.head = nn.ModuleList([*(blocks["hidden", i] for i in range(len(structure.hidden))), classes])
@@ -166,25 +97,21 @@ class Network(nn.Module):
         return self.get_submodule(module_name(part))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = to_batch_last(x)
-        for s, stage in enumerate(self.stages):
-            x = stage(x if s == 0 else reduced(x, self.structure.reduction))
-        x = pooled_to_grid(x, self.structure.head_grid).flatten(1)
+        structure, (height, width) = self.structure, x.shape[2:]
+        memory = Memory(x, sum(structure.stage_sizes(0)), height, width)
+        x = self.stages[0](begin(x, memory), memory)
+        for s, stage in enumerate(self.stages[1:], 1):
+            after = Memory(x, sum(structure.stage_sizes(s)), height >> s, width >> s)
+            x = stage(reduced(x, self._skipped(s - 1), structure.reduction, memory, after), after)
+            memory = after
+        x = pooled_to_grid(x, self._skipped(len(self.stages) - 1), structure.head_grid, memory)
         for layer in self.head[:-1]:
             x = F.relu(layer(x))
         return self.head[-1](x)
 
-
-def reduced(x: Tensor, kind: str) -> Tensor:
-    """2x2 pooling, stride 2, of a batch-last tensor: pooling a channels_last tensor whose batch is our channels."""
-    swapped = x.permute(1, 0, 2, 3)
-    pooled = F.max_pool2d(swapped, 2) if kind == "max" else F.avg_pool2d(swapped, 2)
-    return pooled.permute(1, 0, 2, 3)
-
-
-def pooled_to_grid(x: Tensor, grid: int) -> Tensor:
-    """Each channel averaged over ``grid`` x ``grid`` cells: [batch, channels, grid, grid], in the default layout."""
-    return F.adaptive_avg_pool2d(x.permute(1, 0, 2, 3), grid).permute(1, 0, 2, 3).contiguous()
+    def _skipped(self, stage: int) -> int:
+        """How many of a stage's first channels are not passed on."""
+        return sum(self.structure.stage_sizes(stage)) - self.structure.passed_on(stage)
 
 
 def masked_layer(pattern: Pattern) -> MaskedLayer:

@@ -93,6 +93,19 @@ class ConvCall:
             wanted, *self._last(x, route, isa, backward=True, wanted=wanted[0]),
         )  # fmt: skip
 
+    def adds_gradient(self, total: Tensor, x: Tensor, route: str) -> bool:
+        """Whether the route can add the gradient of x to a tensor by itself."""
+        return route == "sparse" and total.dtype == x.dtype and not torch.is_grad_enabled()
+
+    def backward_sparse_add_(
+        self, grad_out: Tensor, x: Tensor, values: Tensor, total: Tensor, wanted: list[bool], isa: str
+    ) -> Gradients:
+        """Adds the gradient of x to ``total``; returns those of the values and the bias."""
+        return run_operator(
+            operator("masked_conv2d_backward_add_", "sparse"), grad_out, x, values, total, *self.pattern.operands,
+            *self.geometry, wanted, isa,
+        )  # fmt: skip
+
     def _last(self, x: Tensor, route: str, isa: str, *, backward: bool, wanted: bool = True) -> tuple:
         """The arguments in which the routes differ."""
         if route == "cuda" and wanted:

@@ -10,16 +10,33 @@ from .pattern import Pattern
 _ilnas = torch.ops.ilnas
 
 
-def run_masked(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, routes: Routes, isa: str) -> Tensor:
+class GradientSum:
+    """Where the layers that read one tensor add up its gradient, in place of autograd's own sum of their answers.
+
+    ``total`` [batch, channels, height, width] is there before the first of these layers' backward. A layer that reads
+    the first channels only adds to these. Autograd still runs the layers' backward before that of what they read.
+    """
+
+    total: Tensor | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """The part of the sum that is the gradient of ``x``, the first channels."""
+        return self.total[:, : x.shape[1]]
+
+
+def run_masked(
+    x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, routes: Routes, isa: str,
+    gradient_sum: GradientSum | None = None,
+) -> Tensor:  # fmt: skip
     """The masked operation on checked operands of one dtype; weight in either form."""
-    return Masked.apply(x, weight, bias, call, routes, isa)
+    return Masked.apply(x, weight, bias, call, routes, isa, gradient_sum)
 
 
 class Masked(torch.autograd.Function):
     """x, weight or packed values, bias -> the masked operation that ``call`` describes."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, call, routes, isa):
+    def forward(ctx, x, weight, bias, call, routes, isa, gradient_sum):
         if routes.forward == "dense":
             operand = dense_weight(weight, call.pattern)
             out = call.forward_dense(x, operand, bias)
@@ -27,7 +44,7 @@ class Masked(torch.autograd.Function):
             operand = live_values(weight, call.pattern)
             out = call.forward_sparse(x, operand, bias, routes.forward, isa)
         ctx.save_for_backward(x, weight, operand)
-        ctx.call, ctx.routes, ctx.isa = call, routes, isa
+        ctx.call, ctx.routes, ctx.isa, ctx.gradient_sum = call, routes, isa, gradient_sum
         return out
 
     @staticmethod
@@ -38,23 +55,23 @@ class Masked(torch.autograd.Function):
         clean = not torch.is_grad_enabled()
         operand = operand if clean else weight
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        total = ctx.gradient_sum.of(x) if ctx.gradient_sum is not None and wants_x else None
         if routes.grad_input == routes.grad_weight:
-            return *_gradients(
-                grad_out, x, weight, operand, call, [wants_x, wants_weight, wants_bias], routes.grad_input, isa, clean
-            ), None, None, None  # fmt: skip
-        grad_x, _, _ = _gradients(
-            grad_out, x, weight, operand, call, [wants_x, False, False], routes.grad_input, isa, clean
-        )  # fmt: skip
-        _, grad_weight, grad_bias = _gradients(
-            grad_out, x, weight, operand, call, [False, wants_weight, wants_bias], routes.grad_weight, isa, clean
-        )
-        return grad_x, grad_weight, grad_bias, None, None, None
+            wanted = [wants_x, wants_weight, wants_bias]
+            found = _gradients(grad_out, x, weight, operand, call, wanted, routes.grad_input, isa, clean, total)
+        else:
+            only_x, rest = [wants_x, False, False], [False, wants_weight, wants_bias]
+            grad_x, *_ = _gradients(grad_out, x, weight, operand, call, only_x, routes.grad_input, isa, clean, total)
+            _, *others = _gradients(grad_out, x, weight, operand, call, rest, routes.grad_weight, isa, clean, None)
+            found = (grad_x, *others)
+        return *found, None, None, None, None
 
 
-def _gradients(grad_out, x, weight, operand, call, wanted, route, isa, clean):
+def _gradients(grad_out, x, weight, operand, call, wanted, route, isa, clean, total):
     """Those of the three gradients that are wanted, by one route; None for the others.
 
-    clean: an operand in dense form is known to be exactly 0 where absent.
+    clean: an operand in dense form is known to be exactly 0 where absent. total: what the gradient of x is added to
+    instead of being returned.
     """
     if not any(wanted):
         return None, None, None
@@ -66,9 +83,16 @@ def _gradients(grad_out, x, weight, operand, call, wanted, route, isa, clean):
             grad_weight = _masked_gradient(grad_weight, weight, pattern)
     else:
         values = live_values(operand, pattern)
-        grad_x, grad_weight, grad_bias = call.backward_sparse(grad_out, x, values, wanted, route, isa)
+        if wanted[0] and total is not None and call.adds_gradient(total, x, route):
+            grad_weight, grad_bias = call.backward_sparse_add_(grad_out, x, values, total, wanted[1:], isa)
+            wanted = [False, *wanted[1:]]
+        else:
+            grad_x, grad_weight, grad_bias = call.backward_sparse(grad_out, x, values, wanted, route, isa)
         if wanted[1] and weight.dim() != 1:
             grad_weight = scatter(grad_weight, pattern, weight.shape, weight.stride())
+    if wanted[0] and total is not None:
+        total.add_(grad_x)
+        wanted = [False, *wanted[1:]]
     return (
         grad_x if wanted[0] else None,
         grad_weight if wanted[1] else None,

@@ -32,6 +32,15 @@ def _(
     return grad_x, grad_values, x.new_empty(row_ptr.shape[0] - 1 if output_mask[2] else 0)
 
 
+@torch.library.register_fake("ilnas::masked_conv2d_backward_add_")
+def _(
+    grad_out, x, values, grad_x, row_ptr, col, t_row_ptr, t_col, t_perm,
+    kernel_size, stride, padding, dilation, groups, output_mask, isa,
+):  # fmt: skip
+    grad_values = x.new_empty(col.shape[0] if output_mask[0] else 0)
+    return grad_values, x.new_empty(row_ptr.shape[0] - 1 if output_mask[1] else 0)
+
+
 @torch.library.register_fake("ilnas::masked_linear")
 def _(x, values, bias, row_ptr, col, t_row_ptr, t_col, t_perm, isa, form=None):
     return x.new_empty(x.shape[0], row_ptr.shape[0] - 1)
@@ -51,6 +60,26 @@ def _(x, grad_out, row_ptr, col, k, kernel_size, stride, padding, dilation, grou
         row_ptr.new_empty(k, dtype=torch.float32),
         row_ptr.new_empty(1, dtype=torch.int64),
     )
+
+
+@torch.library.register_fake("ilnas::relu_norm")
+def _(x, weight, bias, running_mean, running_var, out, training, momentum, eps, isa):
+    return weight.new_empty(x.shape[0]), weight.new_empty(x.shape[0])
+
+
+@torch.library.register_fake("ilnas::relu_norm_backward")
+def _(grad_out, x, weight, mean, inverse_std, training, isa):
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+@torch.library.register_fake("ilnas::max_pool")
+def _(x, out, isa):
+    return None
+
+
+@torch.library.register_fake("ilnas::max_pool_backward")
+def _(grad_out, x, grad_x, isa):
+    return None
 
 
 @torch.library.register_fake("ilnas::gather_live")

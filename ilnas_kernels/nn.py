@@ -11,6 +11,7 @@ from . import dispatch, ops
 from ._calls import ConvCall, LinearCall
 from ._checks import check_input, check_mask_type, check_operands, check_output_size, check_same_shape, conv_call
 from ._layer import MaskedLayer
+from ._masked import GradientSum
 from .layout import is_strided_batch_last
 from .pattern import Pattern
 
@@ -47,14 +48,20 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         )  # fmt: skip
         return _to_dense(self, dense)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, gradient_sum: GradientSum | None = None) -> Tensor:
+        """gradient_sum: the gradient of the input, [N, C, H, W], is added there instead of being handed to autograd."""
         weight, bias, pattern = self._stored_weight(), self._effective_bias(), self._pattern
-        if dispatch.is_plain(pattern, weight) and not is_strided_batch_last(input):
+        if dispatch.is_plain(pattern, weight) and not is_strided_batch_last(input) and gradient_sum is None:
             return self._conv_forward(input, weight, bias)
+        if gradient_sum is not None and (self.padding_mode != "zeros" or input.dim() != 4):
+            raise ValueError(
+                "MaskedConv2d: gradient_sum needs padding_mode 'zeros' and a batch [N, C, H, W], "
+                f"got {self.padding_mode!r} and {tuple(input.shape)}"
+            )
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         check_operands("MaskedConv2d", input, weight, pattern, bias)
-        return ops.run_conv2d("MaskedConv2d", input, weight, bias, self.call())
+        return ops.run_conv2d("MaskedConv2d", input, weight, bias, self.call(), gradient_sum)
 
     def call(self) -> ConvCall:
         """The geometry of the operator, after a padding mode other than zeros has been carried out."""

@@ -17,7 +17,7 @@ from ._checks import (
     check_same_shape,
     conv_call,
 )
-from ._masked import run_masked
+from ._masked import GradientSum, run_masked
 from .pattern import Pattern, rows_of
 
 
@@ -136,13 +136,15 @@ def check_topk_options(op: str, k: int, granularity: str) -> None:
         raise ValueError(f"{op}: granularity must be 'weight' or 'kernel', got {granularity!r}")
 
 
-def run_conv2d(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, call: ConvCall) -> Tensor:
+def run_conv2d(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, call: ConvCall, gradient_sum: GradientSum | None = None
+) -> Tensor:
     """The convolution of checked operands."""
     check_output_size(op, x, call)
     x, weight, bias = _autocast(x, weight, bias)
     if x.dim() == 3:
         return _run(x.unsqueeze(0), weight, bias, call).squeeze(0)
-    return _run(x, weight, bias, call)
+    return _run(x, weight, bias, call, gradient_sum)
 
 
 def run_linear(x: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall) -> Tensor:
@@ -155,12 +157,12 @@ def run_linear(x: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall)
     return _run(x.reshape(rows, in_features), weight, bias, call).view(*x.shape[:-1], out_features)
 
 
-def _run(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, gradient_sum: GradientSum | None = None) -> Tensor:
     routes = dispatch.routes_for(call, x)
-    all_live = call.pattern.nnz == call.pattern.numel
-    if routes.forward == "dense" and all_live and weight.dim() != 1 and not dispatch.converts_layout(call, x):
+    plain = call.pattern.nnz == call.pattern.numel and weight.dim() != 1 and gradient_sum is None
+    if routes.forward == "dense" and plain and not dispatch.converts_layout(call, x):
         return call.forward_dense(x, weight, bias)
-    return run_masked(x, weight, bias, call, routes, dispatch.isa_argument())
+    return run_masked(x, weight, bias, call, routes, dispatch.isa_argument(), gradient_sum)
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

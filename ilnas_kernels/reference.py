@@ -33,6 +33,28 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None =
     return F.linear(x, torch.where(mask, weight, 0), bias)
 
 
+def relu_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
+    training: bool, momentum: float, eps: float,
+) -> Tensor:  # fmt: skip
+    """BN(ReLU(x)) of [channels, ...]; the running mean and variance are changed in training."""
+    rows = x.relu().flatten(1).unsqueeze(0)
+    return F.batch_norm(rows, running_mean, running_var, weight, bias, training, momentum, eps).view_as(x)
+
+
+def relu_norm_backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse_std: Tensor, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias with ``mean`` and ``inverse_std`` as those of ReLU(x)."""
+    rows, grads = x.flatten(1), grad_out.flatten(1)
+    normal = (rows.relu() - mean[:, None]) * inverse_std[:, None]
+    grad_weight, grad_bias = (grads * normal).sum(1), grads.sum(1)
+    if training:
+        grads = grads - (normal * grad_weight[:, None] + grad_bias[:, None]) / rows.shape[1]
+    grad_x = torch.where(rows > 0, grads * (weight * inverse_std)[:, None], 0)
+    return grad_x.view_as(x), grad_weight, grad_bias
+
+
 def weight_gradient(x: Tensor, grad_out: Tensor, shape: Sequence[int], **geometry) -> Tensor:
     """The dense gradient of a weight of this shape; geometry as in masked_conv2d."""
     weight = torch.zeros(tuple(shape), dtype=x.dtype, device=x.device, requires_grad=True)

@@ -109,24 +109,33 @@ inline void finish_streams() {
   _mm_sfence();
 #endif
 }
-template <bool streaming, class S>
+// kAdd adds to what the memory holds.
+enum class Store { kPlain, kStream, kAdd };
+
+template <Store how, class S>
 ILNAS_INLINE void store_whole(Vec<Sum<S>> v, S* p) {
-  if constexpr (streaming && can_stream<S>())
+  if constexpr (how == Store::kStream && can_stream<S>())
     stream(v, p);
+  else if constexpr (how == Store::kAdd)
+    store_narrowed(load_widened(p) + v, p);
   else
     store_narrowed(v, p);
 }
+template <Store how, class S>
+ILNAS_INLINE void store_first(Vec<Sum<S>> v, S* p, int n) {
+  store_first_narrowed(how == Store::kAdd ? load_first_widened(p, n) + v : v, p, n);
+}
 
-template <bool streaming, class S>
+template <Store how, class S>
 ILNAS_INLINE void store_block(Vec<Sum<S>> (&v)[Vec<Sum<S>>::lanes], S* const* to, int64_t offset, int64_t active,
                               int64_t n) {
   constexpr int lanes = Vec<Sum<S>>::lanes;
   transpose(v);
   if (n == lanes && active == lanes) {
 #pragma GCC unroll 16
-    for (int l = 0; l < lanes; ++l) store_whole<streaming>(v[l], to[l] + offset);
+    for (int l = 0; l < lanes; ++l) store_whole<how>(v[l], to[l] + offset);
   } else {
-    for (int l = 0; l < active; ++l) store_first_narrowed(v[l], to[l] + offset, static_cast<int>(n));
+    for (int l = 0; l < active; ++l) store_first<how>(v[l], to[l] + offset, static_cast<int>(n));
   }
 }
 
@@ -277,6 +286,7 @@ struct UnpackTask {
   const Lanes& lanes;
   const Positions& positions;
   bool large;  // the image as a whole
+  bool adds;   // to what the image holds
 
   S* lane(int64_t l) const { return static_cast<S*>(image.data) + lanes.image[l]; }
   // Whether every whole register that is stored fills a cache line, in an image too large to wait in cache.
@@ -294,7 +304,7 @@ struct UnpackTask {
   }
 };
 
-template <bool streaming, class S>
+template <Store how, class S>
 void unpack_across_batch(const UnpackTask<S>& t) {
   constexpr int lanes = Vec<Sum<S>>::lanes;
   using V = Vec<Sum<S>>;
@@ -303,15 +313,15 @@ void unpack_across_batch(const UnpackTask<S>& t) {
     S* to = t.lane(0) + c * t.image.channel_stride;
     const Sum<S>* from = t.from + c * t.pitch;
     if (t.lanes.active == lanes) {
-      for (int64_t k = 0; k < p.count; ++k) store_whole<streaming>(V::load(from + p.slot[k]), to + p.source[k]);
+      for (int64_t k = 0; k < p.count; ++k) store_whole<how>(V::load(from + p.slot[k]), to + p.source[k]);
     } else {
       for (int64_t k = 0; k < p.count; ++k)
-        store_first_narrowed(V::load(from + p.slot[k]), to + p.source[k], static_cast<int>(t.lanes.active));
+        store_first<how>(V::load(from + p.slot[k]), to + p.source[k], static_cast<int>(t.lanes.active));
     }
   }
 }
 
-template <bool streaming, class S>
+template <Store how, class S>
 void unpack_along_rows(const UnpackTask<S>& t) {
   constexpr int lanes = Vec<Sum<S>>::lanes;
   using V = Vec<Sum<S>>;
@@ -331,14 +341,14 @@ void unpack_along_rows(const UnpackTask<S>& t) {
         } else {
           for (int j = 0; j < lanes; ++j) v[j] = j < n ? V::load(from + p.slot[k + j]) : V::zero();
         }
-        store_block<streaming>(v, to, p.source[k], t.lanes.active, n);
+        store_block<how>(v, to, p.source[k], t.lanes.active, n);
       }
       k = end;
     }
   }
 }
 
-template <bool streaming, class S>
+template <Store how, class S>
 void unpack_across_channels(const UnpackTask<S>& t) {
   constexpr int lanes = Vec<Sum<S>>::lanes;
   using V = Vec<Sum<S>>;
@@ -351,7 +361,7 @@ void unpack_across_channels(const UnpackTask<S>& t) {
       const Sum<S>* from = t.from + c * t.pitch + p.slot[k];
       const int64_t n = smaller(lanes, t.channels - c);
       for (int j = 0; j < lanes; ++j) v[j] = j < n ? V::load(from + j * t.pitch) : V::zero();
-      store_block<streaming>(v, to, p.source[k] + c, t.lanes.active, n);
+      store_block<how>(v, to, p.source[k] + c, t.lanes.active, n);
     }
 }
 
@@ -364,22 +374,22 @@ void unpack_scalar(const UnpackTask<S>& t) {
         const Sum<S>* from = t.from + c * t.pitch + w.slot[i * w.cols + j];
         for (int64_t l = 0; l < t.lanes.active; ++l) {
           const int64_t row = t.lanes.row[l] + w.row_place[i], col = t.lanes.col[l] + w.col_place[j];
-          if (row >= 0 && row < t.height && col >= 0 && col < t.width)
-            narrow(from[l],
-                   t.lane(l)[c * t.image.channel_stride + row * t.image.row_stride + col * t.image.col_stride]);
+          if (row < 0 || row >= t.height || col < 0 || col >= t.width) continue;
+          S& to = t.lane(l)[c * t.image.channel_stride + row * t.image.row_stride + col * t.image.col_stride];
+          narrow(t.adds ? widen(to) + from[l] : from[l], to);
         }
       }
 }
 
-template <bool streaming, class S>
+template <Store how, class S>
 void unpack_aligned(const UnpackTask<S>& t) {
   switch (copy_order(t.image, t.lanes, t.width)) {
     case CopyOrder::kAcrossBatch:
-      return unpack_across_batch<streaming>(t);
+      return unpack_across_batch<how>(t);
     case CopyOrder::kAlongRows:
-      return unpack_along_rows<streaming>(t);
+      return unpack_along_rows<how>(t);
     case CopyOrder::kAcrossChannels:
-      return unpack_across_channels<streaming>(t);
+      return unpack_across_channels<how>(t);
     case CopyOrder::kScalar:
       return unpack_scalar(t);
   }
@@ -388,8 +398,9 @@ void unpack_aligned(const UnpackTask<S>& t) {
 template <class S>
 void unpack(const UnpackTask<S>& t) {
   if (!t.lanes.aligned) return unpack_scalar(t);
-  if (t.streams()) return unpack_aligned<true>(t);
-  unpack_aligned<false>(t);
+  if (t.adds) return unpack_aligned<Store::kAdd>(t);
+  if (t.streams()) return unpack_aligned<Store::kStream>(t);
+  unpack_aligned<Store::kPlain>(t);
 }
 
 }  // namespace

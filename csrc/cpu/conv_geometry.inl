@@ -83,6 +83,7 @@ struct TiledConv {
   int64_t batch, in_channels, out_channels, groups;
   Axis rows, cols;
   ImageView in, out;
+  bool adds = false;  // to what `out` holds
 
   int64_t residues() const { return rows.spread() * cols.spread(); }
   int64_t taps() const { return rows.kernel * cols.kernel; }

@@ -183,10 +183,11 @@ void run_unit(const TiledConv& c, const Tiling& t, const Windows& windows, const
                   });
   }
   unpack<S>({space.sums, t.sums_pitch(), c.out_channels, c.out, c.rows.out, c.cols.out, windows.out, unit.out,
-             space.out, t.streams_out<S>(c)});
+             space.out, t.streams_out<S>(c), c.adds});
 }
 
-// out = bias + the taps of `rows` over in. in_ptr: channels with in_ptr[c] == in_ptr[c + 1] have no live weight.
+// out = bias + the taps of `rows` over in, added to what out holds if c.adds. in_ptr: channels with in_ptr[c] ==
+// in_ptr[c + 1] have no live weight.
 template <class S>
 void run_problem(const TiledConv& c, const OutputRows& rows, const S* values, const S* bias, const int32_t* in_ptr,
                  const Parallel& parallel) {

@@ -70,14 +70,45 @@ struct TopkQuery {
   int64_t* non_finite;
 };
 
+// Batch normalisation of a ReLU, channel by channel of a matrix [channels, length]; everything of one dtype, float32 or
+// float64. training: by the mean and variance of each channel, which the running ones follow; otherwise by these.
+//   mean, inverse_std [channels]: what was used, for the backward.
+struct ReluNorm {
+  int64_t channels, length;
+  const void *x, *weight, *bias;
+  void *running_mean, *running_var;
+  bool training;
+  double momentum, eps;
+  void *mean, *inverse_std, *out;
+};
+struct ReluNormBackward {
+  int64_t channels, length;
+  const void *grad_out, *x, *weight, *mean, *inverse_std;
+  bool training;
+  void *grad_x, *grad_weight, *grad_bias;
+};
+
+// 2x2 max pooling with stride 2, matrices [channels, height, width, batch]; float32 or float64.
+struct MaxPool {
+  int64_t channels, height, width, batch;
+  const void* x;
+  void* out;  // [channels, height / 2, width / 2, batch]
+};
+struct MaxPoolBackward {
+  int64_t channels, height, width, batch;
+  const void *grad_out, *x;
+  void* grad_x;
+};
+
 // values, bias and their gradients have the dtype of x. bias may be null; a null gradient is not computed.
 struct Kernels {
   // out[n,o,:,:] = bias[o] + sum over live (o,c,kh,kw) of values * x[n,c,...]
   void (*masked_conv2d)(DType, const Conv2dShape&, const PatternView&, const ImageView& x, const void* values,
                         const void* bias, const ImageView& out, const Parallel&);
+  // adds_grad_x: the gradient of x is added to what grad_x holds.
   void (*masked_conv2d_backward)(DType, const Conv2dShape&, const PatternView&, const ImageView& grad_out,
-                                 const ImageView& x, const void* values, const ImageView* grad_x, void* grad_values,
-                                 void* grad_bias, const Parallel&);
+                                 const ImageView& x, const void* values, const ImageView* grad_x, bool adds_grad_x,
+                                 void* grad_values, void* grad_bias, const Parallel&);
   // out[b,o] = bias[o] + sum over live (o,i) of values * x[b,i]
   void (*masked_linear)(DType, const LinearShape&, const PatternView&, const MatrixView& x, const void* values,
                         const void* bias, const MatrixView& out, const Parallel&);
@@ -88,6 +119,11 @@ struct Kernels {
   // A linear layer is a 1x1 convolution over 1x1 images.
   void (*absent_topk)(DType, const Conv2dShape&, const PatternView& blocked, const ImageView& grad_out,
                       const ImageView& x, const TopkQuery&, const Parallel&);
+  // out = (relu(x) - mean) / sqrt(variance + eps) * weight + bias
+  void (*relu_norm)(DType, const ReluNorm&, const Parallel&);
+  void (*relu_norm_backward)(DType, const ReluNormBackward&, const Parallel&);
+  void (*max_pool)(DType, const MaxPool&, const Parallel&);
+  void (*max_pool_backward)(DType, const MaxPoolBackward&, const Parallel&);
 };
 
 enum class InstructionSet : int { kBaseline, kAvx2, kAvx512 };

@@ -4,11 +4,13 @@
 #include "cpu/absent_topk.inl"
 #include "cpu/masked_conv2d.inl"
 #include "cpu/masked_linear.inl"
+#include "cpu/max_pool.inl"
+#include "cpu/relu_norm.inl"
 
 namespace ilnas {
 namespace ILNAS_ISA {
 extern const Kernels kernel_table;
-const Kernels kernel_table = {masked_conv2d, masked_conv2d_backward, masked_linear, masked_linear_backward,
-                              absent_topk};
+const Kernels kernel_table = {masked_conv2d, masked_conv2d_backward, masked_linear, masked_linear_backward, absent_topk,
+                              relu_norm,     relu_norm_backward,     max_pool,      max_pool_backward};
 }  // namespace ILNAS_ISA
 }  // namespace ilnas

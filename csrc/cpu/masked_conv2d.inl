@@ -38,16 +38,18 @@ void masked_conv2d(DType dtype, const Conv2dShape& s, const PatternView& p, cons
 }
 
 void masked_conv2d_backward(DType dtype, const Conv2dShape& s, const PatternView& p, const ImageView& grad_out,
-                            const ImageView& x, const void* values, const ImageView* grad_x, void* grad_values,
-                            void* grad_bias, const Parallel& parallel) {
+                            const ImageView& x, const void* values, const ImageView* grad_x, bool adds_grad_x,
+                            void* grad_values, void* grad_bias, const Parallel& parallel) {
   with_stored_type(dtype, [&](auto stored) {
     using S = decltype(stored);
     if (grad_x) {
       Conv2dShape shape = s;
       ImageView from = grad_out, to = *grad_x;
       take_pixels_as_batch<S>(shape, from, to);
-      run_problem<S>(transposed_problem(shape, from, to), {p.t_row_ptr, p.t_col, p.t_perm, p.nnz},
-                     static_cast<const S*>(values), nullptr, p.row_ptr, parallel);
+      TiledConv problem = transposed_problem(shape, from, to);
+      problem.adds = adds_grad_x;
+      run_problem<S>(problem, {p.t_row_ptr, p.t_col, p.t_perm, p.nnz}, static_cast<const S*>(values), nullptr,
+                     p.row_ptr, parallel);
     }
     if (grad_values || grad_bias) {
       Conv2dShape shape = s;

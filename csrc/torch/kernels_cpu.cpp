@@ -1,5 +1,6 @@
 // The operators on the CPU.
 #include "torch/absent_topk.h"
+#include "torch/cpu_call.h"
 #include "torch/masked_conv2d.h"
 #include "torch/masked_linear.h"
 
@@ -10,31 +11,6 @@ void allocation_failed(const char* op, const Tensor&, int64_t bytes) {
 }
 
 namespace {
-
-const Kernels& kernels_named(const std::string& isa) {
-  InstructionSet set = best_instruction_set();
-  if (!isa.empty()) {
-    if (isa == "avx512")
-      set = InstructionSet::kAvx512;
-    else if (isa == "avx2")
-      set = InstructionSet::kAvx2;
-    else {
-      STD_TORCH_CHECK(isa == "baseline", "ilnas: isa must be avx512, avx2 or baseline, got ", isa);
-      set = InstructionSet::kBaseline;
-    }
-    STD_TORCH_CHECK(runs_here(set), "ilnas: isa ", isa, " is not compiled in or does not run on this processor");
-  }
-  return *kernels(set);
-}
-
-Parallel torch_parallel() {
-  return {static_cast<int64_t>(torch::stable::get_num_threads()),
-          [](int64_t tasks, void* context, void (*body)(void*, int64_t)) {
-            torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t task = begin; task < end; ++task) body(context, task);
-            });
-          }};
-}
 
 // There are no condensed forms here.
 class Cpu : public Allocator {
@@ -49,8 +25,8 @@ class Cpu : public Allocator {
   void masked_conv2d_backward(const Conv2dShape& s, const PatternView& pattern, const ImageView& grad_out,
                               const ImageView& x, const Weights& weights, const ImageView* grad_x,
                               const WeightGradients& to, const std::optional<Tensor>&) const {
-    kernels_.masked_conv2d_backward(dtype_, s, pattern, grad_out, x, weights.values(), grad_x, to.values, to.bias,
-                                    torch_parallel());
+    kernels_.masked_conv2d_backward(dtype_, s, pattern, grad_out, x, weights.values(), grad_x, false, to.values,
+                                    to.bias, torch_parallel());
   }
   void masked_linear(const LinearShape& s, const PatternView& pattern, const MatrixView& x, const Weights& weights,
                      const MatrixView& out, const std::optional<Tensor>&) const {
@@ -76,11 +52,35 @@ class Cpu : public Allocator {
   DType dtype_;
 };
 
+// Adds the gradient of x to grad_x; returns grad_values and grad_bias, each empty where output_mask leaves it out.
+std::tuple<Tensor, Tensor> masked_conv2d_backward_add_(const Tensor& grad_out, const Tensor& x, const Tensor& values,
+                                                       Tensor grad_x, const Tensor& row_ptr, const Tensor& col,
+                                                       const Tensor& t_row_ptr, const Tensor& t_col,
+                                                       const Tensor& t_perm, const Ints& kernel_size,
+                                                       const Ints& stride, const Ints& padding, const Ints& dilation,
+                                                       int64_t groups, const std::vector<bool>& output_mask,
+                                                       const std::string& isa) {
+  const Allocator memory("masked_conv2d_backward_add_", x);
+  const Conv2dShape s = conv2d_shape(x, row_ptr.numel() - 1, kernel_size, stride, padding, dilation, groups);
+  const auto compute = [&](const WeightGradients& to) {
+    const ImageView grad_x_view = image_view(grad_x);
+    kernels_named(isa).masked_conv2d_backward(
+        dtype_of(x), s, pattern_view(row_ptr, col, t_row_ptr, t_col, t_perm), image_view(grad_out), image_view(x),
+        Weights(values, std::nullopt).values(), grad_x.numel() ? &grad_x_view : nullptr, true, to.values, to.bias,
+        torch_parallel());
+  };
+  const auto [none, grad_values, grad_bias] =
+      gradients(memory, grad_out, memory.empty({0}), col.numel(), s.out_channels,
+                {false, output_mask[0], output_mask[1]}, compute);
+  return {grad_values, grad_bias};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ilnas, CPU, m) {
   m.impl("masked_conv2d", TORCH_BOX(&masked_conv2d<Cpu>));
   m.impl("masked_conv2d_backward", TORCH_BOX(&masked_conv2d_backward<Cpu>));
+  m.impl("masked_conv2d_backward_add_", TORCH_BOX(&masked_conv2d_backward_add_));
   m.impl("masked_linear", TORCH_BOX(&masked_linear<Cpu>));
   m.impl("masked_linear_backward", TORCH_BOX(&masked_linear_backward<Cpu>));
   m.impl("absent_topk", TORCH_BOX(&absent_topk<Cpu>));

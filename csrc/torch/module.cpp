@@ -22,6 +22,10 @@ STABLE_TORCH_LIBRARY(ilnas, m) {
       "Tensor t_row_ptr, Tensor t_col, Tensor t_perm, int[] kernel_size, int[] stride, int[] padding, "
       "int[] dilation, int groups, bool[] output_mask, str isa, Tensor? form=None) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "masked_conv2d_backward_add_(Tensor grad_out, Tensor x, Tensor values, Tensor(a!) grad_x, Tensor row_ptr, "
+      "Tensor col, Tensor t_row_ptr, Tensor t_col, Tensor t_perm, int[] kernel_size, int[] stride, int[] padding, "
+      "int[] dilation, int groups, bool[] output_mask, str isa) -> (Tensor, Tensor)");
+  m.def(
       "masked_linear(Tensor x, Tensor values, Tensor? bias, Tensor row_ptr, Tensor col, Tensor t_row_ptr, "
       "Tensor t_col, Tensor t_perm, str isa, Tensor? form=None) -> Tensor");
   m.def(

@@ -53,3 +53,5 @@ WEIGHT_STATE = 1.3  # bytes of weights, gradients and momentum, over density * d
 ABSENT_TOPK_BYTES = (32, 8 * 2**20)  # for each of the k entries, and besides
 # The network the search grows, trained at this density in torch's dense layers and in ours.
 TRAINING_STEP = {"training step ILNAS network": {0.05: 4.0}}
+# What an expansion of the search may cost, in training steps; the dense gradients of all weights come on top.
+EXPANSION_STEPS = 3

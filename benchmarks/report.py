@@ -13,6 +13,7 @@ from pathlib import Path
 
 from . import (
     bench_absent_topk,
+    bench_expansion,
     bench_masked_conv2d,
     bench_masked_linear,
     bench_search_network,
@@ -35,6 +36,7 @@ MODULES = (
     bench_thread_scaling,
     bench_training_step,
     bench_search_network,
+    bench_expansion,
 )
 
 

@@ -39,6 +39,8 @@ def render(results: Results) -> str:
               "over the four steps"], topk_rows(results))]  # fmt: skip
     parts += ["## One training step\n", step_text(), table(["network", "threads", "density", "NCHW", "channels_last",
               "batch-last", "dense, ms"], step_rows(results))]  # fmt: skip
+    parts += ["## One expansion of the search\n", expansion_text(), table(["template", "threads", "step, ms",
+              "dense gradients, ms", "expansion, ms", "steps"], expansion_rows(results))]  # fmt: skip
     parts += ["## Two threads over one\n", f"Goal: {goals.TWO_THREADS}.\n", table(["", "density", "dense", "NCHW",
               "batch-last"], scaling_rows(results))]  # fmt: skip
     parts += memory_parts(results)
@@ -146,6 +148,23 @@ def step_rows(results: Results) -> Iterable[list[str]]:
             cells.append(_against(m.speedup(("ours_batch_last",), goals.TORCH_CONV), goal))
             name = m.op.removeprefix("training step ")
             yield [name, str(m.threads), f"{m.density:g}", *cells, _milliseconds(m, goals.TORCH_CONV)]
+
+
+def expansion_text() -> str:
+    return (
+        "Steps: by how many training steps an expansion takes longer than torch's dense gradients of all conv and "
+        f"linear weights on one scoring batch. Goal: at most {goals.EXPANSION_STEPS}.\n"
+    )
+
+
+def expansion_rows(results: Results) -> Iterable[list[str]]:
+    for m in results.measurements.values():
+        if m.op == "expansion":
+            columns = [m.seconds[name] for name in ("three_steps", "dense_gradients", "ours_expansion")]
+            steps = median(3 * (ours - dense) / three for three, dense, ours in zip(*columns, strict=True))
+            three, dense, ours = (median(column) * 1e3 for column in columns)
+            cell = f"**{steps:.2f}**" if steps <= goals.EXPANSION_STEPS else f"{steps:.2f}"
+            yield [m.shape, str(m.threads), f"{three / 3:.3g}", f"{dense:.3g}", f"{ours:.3g}", cell]
 
 
 def scaling_rows(results: Results) -> Iterable[list[str]]:

@@ -40,28 +40,28 @@ def choose(
     if not conditions.cost and bool((sizes == 1).all()):
         in_group_order = pool.group.argsort(stable=True)
         return in_group_order[order[:budget]], set()
-    members = _members(pool)
-    taken: list[Tensor] = []
+    members = pool.group.argsort(stable=True)
+    starts = sizes.cumsum(0) - sizes
+    needs, counts = conditions.needs[members[starts]].tolist(), sizes.tolist()
+    whole: list[int] = []
+    rest = members[:0]
     paid: set[int] = set()
-    for g in order.tolist():
-        inside = members[g]
-        need = int(conditions.needs[inside[0]])
+    for g in order.tolist():  # over plain numbers: there can be millions of groups
+        need, count = needs[g], counts[g]
         extra = 0 if need < 0 or need in paid else conditions.cost[need]
         if extra >= budget:
             continue
-        if len(inside) > budget - extra:
-            inside = inside[pool.score[inside].argsort(descending=True, stable=True)[: budget - extra]]
         if need >= 0:
             paid.add(need)
-        taken.append(inside)
-        budget -= len(inside) + extra
+        if count > budget - extra:
+            inside = members[starts[g] : starts[g] + count]
+            rest = inside[pool.score[inside].argsort(descending=True, stable=True)[: budget - extra]]
+            break
+        whole.append(g)
+        budget -= count + extra
         if budget == 0:
             break
-    return (torch.cat(taken) if taken else torch.empty(0, dtype=torch.int64)), paid
-
-
-def _members(pool: Pool) -> list[Tensor]:
-    """Positions of each group's candidates, groups in ascending order of their number."""
-    order = pool.group.argsort(stable=True)
-    _, sizes = pool.group[order].unique_consecutive(return_counts=True)
-    return list(order.split(sizes.tolist()))
+    taken = torch.tensor(whole, dtype=torch.int64)
+    first, last = starts[taken], starts[taken] + sizes[taken]
+    places = torch.arange(int(sizes[taken].sum())) + (last - sizes[taken].cumsum(0)).repeat_interleave(last - first)
+    return torch.cat([members[places], rest]), paid

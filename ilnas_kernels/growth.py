@@ -171,35 +171,41 @@ class AbsentTopK:
 
 
 class _Best:
-    """The k best of everything offered so far."""
+    """The k best of everything offered so far, in the order in which it was offered."""
 
     def __init__(self, k: int) -> None:
         self._k = k
         self._sources: list = []
-        self._score = self._source = self._index = self._grad = None
+        self._held: tuple[Tensor, ...] = ()  # score, number of the source, index, gradient
+        self._least = 0.0  # the k-th score
 
     def floor(self, scale: float) -> float:
         """The |gradient| below which nothing of a layer with this scale can enter."""
-        if self._score is None or self._score.numel() < self._k:
-            return 0.0
-        least = float(self._score[-1])
-        return least if scale == 1.0 else least / scale * (1 - 1e-6)  # the margin outweighs the rounding of float32
+        return self._least if scale == 1.0 else self._least / scale * (1 - 1e-6)  # outweighs the rounding of float32
 
     def offer(self, source, index: Tensor, grad: Tensor, scale: float) -> None:
+        """index, grad: by falling |grad|."""
         index, grad = index.cpu(), grad.cpu()
-        number = torch.full_like(index, len(self._sources))
+        new = (grad.abs() * scale, torch.full_like(index, len(self._sources)), index, grad)
         self._sources.append(source)
-        new = (grad.abs() * scale, number, index, grad)
-        old = (self._score, self._source, self._index, self._grad)
-        joined = new if old[0] is None else tuple(torch.cat(pair) for pair in zip(old, new, strict=True))
-        order = joined[0].sort(descending=True, stable=True).indices[: self._k]
-        self._score, self._source, self._index, self._grad = (t[order] for t in joined)
+        self._held = tuple(map(torch.cat, zip(self._held, new, strict=True))) if self._held else new
+        score = self._held[0]
+        if score.numel() >= self._k:
+            least = score.kthvalue(score.numel() - self._k + 1).values
+            keep = score > least
+            ties = (score == least).nonzero().view(-1)
+            keep[ties[: self._k - int(keep.sum())]] = True
+            self._held = tuple(column[keep] for column in self._held)
+            self._least = float(least)
 
     def groups(self):
-        for number, source in enumerate(self._sources):
-            here = self._source == number
-            if here.any():
-                yield source, Candidates(self._index[here], self._grad[here])
+        if not self._held:
+            return
+        _, number, index, grad = self._held
+        counts = number.bincount(minlength=len(self._sources)).tolist()
+        for source, *found in zip(self._sources, index.split(counts), grad.split(counts), strict=True):
+            if found[0].numel():
+                yield source, Candidates(*found)
 
 
 def _one_pair(layer: MaskedLayer, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

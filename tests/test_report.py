@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("matplotlib")
 from benchmarks import (
     bench_absent_topk,
+    bench_expansion,
     bench_masked_conv2d,
     bench_masked_linear,
     goals,
@@ -123,6 +124,25 @@ def test_tables_mark_exactly_the_goals_that_are_reached():
     text = tables.render(results)
     assert "made-up processor" in text
     assert "Not measured." in text
+
+
+def test_an_expansion_is_told_in_training_steps():
+    results = Results(describe_machine())
+    times = {"three_steps": [3.0] * 3, "dense_gradients": [2.0] * 3, "ours_expansion": [4.5] * 3}
+    results.add(Case("expansion", "default", 0.05, 1, tuple(times), dict), times)
+    assert list(tables.expansion_rows(results)) == [["default", "1", "1e+03", "2e+03", "4.5e+03", "**2.50**"]]
+
+
+def test_the_measured_expansion_grows_a_copy():
+    contenders = bench_expansion.build("4,4/6", (1, 8, 8), 1600)
+    trainer = contenders["ours_expansion"].args[0]
+    assert tuple(contenders) == bench_expansion.NAMES
+    before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    done = contenders["ours_expansion"]()
+    assert done["added"] - done["removed"] == round(trainer.config.alr * trainer.live)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.network.state_dict().items())
+    contenders["dense_gradients"]()
+    contenders["three_steps"]()
 
 
 def test_render_writes_tables_and_chart(tmp_path):

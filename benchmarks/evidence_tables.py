@@ -7,10 +7,10 @@ from typing import Any
 
 Run = dict[str, dict[str, Any]]
 
-HEAD = """\
-| method | test accuracy, % | validation accuracy, % | seeds | epochs | live | MACs an image | training MACs |
-|---|---|---|---|---|---|---|---|
-"""
+COLUMNS = [
+    "method", "test accuracy, %", "validation accuracy, %", "seeds", "epochs", "live", "10^6 MACs an image",
+    "10^9 training MACs",
+]  # fmt: skip
 
 
 def write_tables(page: Path, runs: dict[str, Run], names: dict[str, list[str]]) -> None:
@@ -30,7 +30,8 @@ def table(runs: dict[str, Run], scale: str, names: list[str]) -> str:
         found = [run for key, run in runs.items() if re.fullmatch(re.escape(f"{scale}/{name}/") + r"\d+", key)]
         if found:
             rows.append((mean(run["result"]["test_accuracy"] for run in found), row(name, found)))
-    return HEAD + "".join(line for _, line in sorted(rows, reverse=True))
+    head = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
+    return head + "".join(line for _, line in sorted(rows, reverse=True))
 
 
 def row(name: str, found: list[Run]) -> str:
@@ -40,7 +41,7 @@ def row(name: str, found: list[Run]) -> str:
     epochs = "-".join(str(count) for count in sorted({run["options"]["epochs"] for run in found}))
     cells = [
         name, percent(found, "test_accuracy"), percent(found, "validation_accuracy"), len(found), epochs,
-        f"{average('live'):,.0f}", f"{average('macs') / 1e6:.2f}e6", f"{average('training_macs') / 1e12:.3f}e12",
+        f"{average('live'):,.0f}", f"{average('macs') / 1e6:.2f}", f"{average('training_macs') / 1e9:.1f}",
     ]  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |\n"
 

@@ -23,6 +23,7 @@ TINY = {
     "widths": "4,4/6", "budget": 500, "base": 0.6, "epochs": 4, "batch_size": 64, "train_images": 256, "threads": 1,
     "alr": 0.1, "move": 0.05,
 }  # fmt: skip
+EVERYTHING = {"hidden": 6, "nodes": 1, "layers": 2}  # all kinds of additions, in the stages and in the head
 NO_CLOCK = ("seconds", "took")
 
 
@@ -42,7 +43,7 @@ def keep_threads():
 def finished(tmp_path_factory):
     """One uninterrupted run that nodes and layers were offered to."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    assert main(["search", "--run", str(folder), *flags(nodes=1, layers=1)]) == 0
+    assert main(["search", "--run", str(folder), *flags(**EVERYTHING)]) == 0
     return RunFolder.open(folder)
 
 
@@ -127,7 +128,7 @@ KILLED_PLACES = {  # where, and at which call
     "training": ("ilnas.trainer.Trainer.train_step", 7),
     "expansion": ("ilnas.expansion.gradients_at", 3),
     "committing an expansion": ("ilnas.evolve.commit", 3),
-    "checkpoint half written": ("torch._C.PyTorchFileWriter.write_record", 60),
+    "checkpoint half written": ("torch._C.PyTorchFileWriter.write_record", 110),
     "checkpoint": ("ilnas.checkpoint.os.fsync", 3),
     "checkpoint before the move": ("ilnas.checkpoint.os.replace", 3),
 }
@@ -164,7 +165,7 @@ def killed(tmp_path_factory):
     folders = {place: tmp_path_factory.mktemp("killed") / "run" for place in KILLED_PLACES}
     lines = [
         " ".join([where, str(count), "search", "--run", str(folders[place]),
-                  *flags(nodes=1, layers=1, checkpoint_every=0.5)])
+                  *flags(**EVERYTHING, checkpoint_every=0.5)])
         for place, (where, count) in KILLED_PLACES.items()
     ]  # fmt: skip
     zygote = subprocess.run(
@@ -321,7 +322,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(finished, tmp_pa
     monkeypatch.setattr(Trainer, "train_step", step_on_a_full_disk)
     monkeypatch.setattr(RunFolder, "log", lambda *_, **__: None)  # what fails is to be the checkpoint
     try:
-        assert main(["search", "--run", str(folder), *flags(nodes=1, layers=1)]) == 1
+        assert main(["search", "--run", str(folder), *flags(**EVERYTHING)]) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     monkeypatch.undo()

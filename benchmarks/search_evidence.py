@@ -44,7 +44,7 @@ RIVALS: dict[str, Options] = {
     "the paper's preset": {"preset": "paper"},
     "the paper's preset, connections only": {"preset": "paper", "nodes": 0, "layers": 0, "granularity": "weight"},
 }
-EQUAL_MACS = "ILNAS, as many MACs as static"
+EQUAL_MACS = "ILNAS, at most the MACs of static"
 RIVAL_OF_EQUAL_MACS = "static random sparse"
 ABLATIONS: dict[str, Options] = {
     "A_lr 0.03": {"alr": 0.03},
@@ -106,7 +106,7 @@ def run_once(path: Path, scale: str, name: str, seed: int, data: str) -> None:
 
 
 def options_of(runs: dict[str, Any], scale: str, name: str, seed: int) -> Options:
-    """What a run is given. The run at equal multiply-accumulates gets as many epochs more as its rival costs more."""
+    """What a run is given. The run at equal multiply-accumulates gets as many whole epochs as its rival's would pay."""
     if name != EQUAL_MACS:
         return (RIVALS | ABLATIONS)[name] | SCALES[scale]
     ours, rival = (runs[key(scale, n, seed)]["result"]["training_macs"] for n in ("ILNAS", RIVAL_OF_EQUAL_MACS))

@@ -41,7 +41,8 @@ class TemplateTwin(nn.Module):
                     for b, block in enumerate(stage)
                 )
             )
-        self.head = nn.ModuleList(nn.Linear(before, after) for after, before in structure.head_shapes())
+        shapes = [shape for name, shape in structure.layer_shapes().items() if name.startswith("head.")]
+        self.head = nn.ModuleList(nn.Linear(before, after) for after, before in shapes)
 
     def forward(self, x: Tensor) -> Tensor:
         pool = F.max_pool2d if self.structure.reduction == "max" else F.avg_pool2d
@@ -59,13 +60,12 @@ class TemplateTwin(nn.Module):
     @torch.no_grad()
     def copy_from(self, network: Network) -> "TemplateTwin":
         """The sparse network's function: absent weights are 0."""
-        for (_, ours), (_, twin) in zip(_layers(network), _layers(self), strict=True):
+        for ours, twin in zip(_layers(network), _layers(self), strict=True):
             twin.weight.copy_(ours.weight)
             twin.bias.copy_(ours.bias)
         return self
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Convolution and linear layers by name."""
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    return sorted(layers, key=lambda layer: layer[0].replace("blocks.", ""))
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """Convolution and linear layers from input to output."""
+    return [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]

@@ -78,11 +78,13 @@ def test_contenders_compute_the_same(direction, density):
 
 @torch.no_grad()
 def test_template_twin_computes_the_same_function():
-    structure = Structure((3, 8, 8), 5, [[Block(6), Block(7, identities=1)], [Block(9)]], hidden=[8])
+    structure = Structure(
+        (3, 8, 8), 5, [[Block(6), Block(7, identities=1)], [Block(9)]], hidden=[Block(8, identities=1)]
+    )
     network = random_network(structure, 700, torch.Generator().manual_seed(0)).eval()
     twin = template_twin.TemplateTwin(structure).copy_from(network).eval().double()
     x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    largest_fan_in, layers = 16 * 9, 6
+    largest_fan_in, layers = 16 * 9, 7
     _assert_close(network.double()(x), twin(x), terms=largest_fan_in * layers)
 
 

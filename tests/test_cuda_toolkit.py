@@ -125,3 +125,8 @@ def test_a_table_out_of_date_is_reported(tmp_path, monkeypatch, capsys):
 
 def test_a_committed_table_is_there():
     assert "| source | kernel |" in check_cuda.TABLE.read_text()
+
+
+def test_what_is_built_by_default_is_what_is_checked():
+    (default,) = re.findall(r'^CUDA_ARCHITECTURES = "(.*)"', (ROOT / "setup.py").read_text(), re.M)
+    assert tuple(int(float(a) * 10) for a in default.removesuffix("+PTX").split(";")) == cuda_toolkit.ARCHITECTURES

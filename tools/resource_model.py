@@ -36,6 +36,7 @@ from tests.simt.harness import ROOT, Device, In, InOut, Launch, Scratch, compile
 
 OPS = ("forward", "grad_input", "grad_values", "absent_topk")
 DTYPES = {"float32": (0, torch.float32), "float16": (2, torch.float16), "bfloat16": (3, torch.bfloat16)}
+ROUTES = {"best": 0, "general": 1, "direct": 2, "condensed": 3}
 SEED = 0
 TOPK_SHARE = 0.01
 
@@ -218,14 +219,16 @@ def random_pattern(shape: Shape, density: float) -> dict[str, Tensor]:
     }
 
 
-def run_launches(device: Device, op: str, shape: Shape, dtype: str, density: float) -> list[Launch]:
+def run_launches(
+    device: Device, op: str, shape: Shape, dtype: str, density: float, route: str = "best"
+) -> list[Launch]:
     """The op's kernels on zeros: what they execute depends on the pattern and the shape alone."""
     code, storage = DTYPES[dtype]
     p, nnz = random_pattern(shape, density), round(density * shape.out_channels * shape.in_channels * shape.kernel**2)
     x = torch.zeros(shape.batch, shape.in_channels, shape.height, shape.width, dtype=storage)
     out = torch.zeros(shape.batch, shape.out_channels, shape.height, shape.width, dtype=storage)
-    values, sizes, route = torch.zeros(nnz, dtype=storage), In(shape.sizes()), 0
-    strides = {"x": In(torch.tensor(x.stride())), "out": In(torch.tensor(out.stride()))}
+    values, sizes, route = torch.zeros(nnz, dtype=storage), In(shape.sizes()), ROUTES[route]
+    strides = {name: In(strides_of(image)) for name, image in (("x", x), ("out", out))}
 
     def workspace(function: str, *arguments: int) -> Scratch:
         size = torch.zeros(1, dtype=torch.long)
@@ -261,6 +264,11 @@ def run_launches(device: Device, op: str, shape: Shape, dtype: str, density: flo
     )  # fmt: skip
 
 
+def strides_of(image: Tensor) -> Tensor:
+    """As the bindings pass them: 0 for a dimension of one element."""
+    return torch.tensor([0 if n == 1 else s for n, s in zip(image.shape, image.stride(), strict=True)])
+
+
 def usual_passes(launches: list[Launch]) -> list[Launch]:
     """Without the passes that find the search done: the device decides, and mostly one pass over the tiles suffices.
 
@@ -279,7 +287,9 @@ def kept_form(device: Device, sizes: In, rows: tuple[In, In], nnz: int, backward
     return In(form)
 
 
-def predict_op(gpu: Gpu, library, op: str, shape: Shape, dtype: str, density: float, blocks: int) -> dict:
+def predict_op(
+    gpu: Gpu, library, op: str, shape: Shape, dtype: str, density: float, blocks: int, route: str = "best"
+) -> dict:
     """One row of the report."""
     device = Device(
         library, arch=gpu.arch, multiprocessors=gpu.multiprocessors, shared_limit=gpu.shared_per_block, profile=True,
@@ -287,7 +297,7 @@ def predict_op(gpu: Gpu, library, op: str, shape: Shape, dtype: str, density: fl
     )  # fmt: skip
     loops = committed_loops(gpu.table_arch)
     predictions = []
-    for launch in run_launches(device, op, shape, dtype, density):
+    for launch in run_launches(device, op, shape, dtype, density, route):
         if (name := compiled_name(launch.kernel)) not in loops:
             sys.exit(f"tools/cuda_resources.md does not list {name}: run python tools/check_cuda.py --write")
         predictions.append(predict(gpu, launch, loops[name]))
@@ -358,6 +368,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, nargs="+", default=[0.2, 0.1, 0.05, 0.02, 0.01])
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float16", "float32"])
     parser.add_argument("--op", choices=OPS, nargs="+", default=list(OPS))
+    parser.add_argument("--route", choices=ROUTES, default="best")
     parser.add_argument("--device", choices=GPUS, nargs="+", default=list(GPUS))
     parser.add_argument("--blocks", type=int, default=2, help="blocks of every grid to emulate")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
@@ -366,7 +377,7 @@ def main() -> None:
     arguments = parser.parse_args()
     library = compile_kernels([*(ROOT / "csrc/cuda").glob("*.cu"), ROOT / "tests/cuda/exports.cpp"])
     rows = [
-        predict_op(GPUS[device], library, op, arguments.shape, dtype, density, arguments.blocks)
+        predict_op(GPUS[device], library, op, arguments.shape, dtype, density, arguments.blocks, arguments.route)
         for device in arguments.device
         for dtype in arguments.dtype
         if dtype in GPUS[device].dense_tflops

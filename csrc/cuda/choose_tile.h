@@ -16,7 +16,7 @@ inline int64_t shared_budget(const DeviceLimits& limits) { return limits.shared_
 constexpr double kSpareWeight = 0.05;
 
 struct TileDemand {
-  int images_per_pack;
+  int images_per_pack, element_bytes;
   int slots;                 // of the tile: packs * height * width
   int rows_per_block;        // rows that read a staged tile
   double reads_per_channel;  // packs that one source channel costs at every slot, all rows of the block together
@@ -24,6 +24,21 @@ struct TileDemand {
   int64_t max_shared_bytes;
   int multiprocessors;  // to keep busy; 1 where enough blocks are sure to follow
 };
+
+// 32 bytes of global memory are a sector: a multiprocessor's L1 passes as many as it reads two to four packs of shared
+// memory meanwhile.
+constexpr double kSectorWeight = 3;
+
+// Sectors read to stage one channel of a tile of NCHW images. It goes by this layout whatever the images' own is: a
+// form or a workspace that was made for one call has to serve the next.
+inline double staged_sectors(const Gather& g, const TileDemand& demand, int packs, int64_t source_height,
+                             int64_t source_width) {
+  // A run as wide as the image begins with a row, and its borders are not read; any other begins anywhere.
+  const int64_t bytes = demand.element_bytes * std::min<int64_t>(source_width, g.source_width);
+  const double sectors = source_width >= g.source_width ? std::max(static_cast<double>(bytes) / 32, 0.5)
+                                                        : static_cast<double>(bytes + 32 - demand.element_bytes) / 32;
+  return static_cast<double>(source_height * packs * demand.images_per_pack) * sectors;
+}
 
 // Whether the images of a pack can be read with one load wherever a tile starts.
 inline bool images_are_vectors(const void* data, const Strides& s, int images_per_pack, size_t element_bytes) {
@@ -56,7 +71,8 @@ inline bool choose_image_tile(const Gather& g, bool vector_images, const TileDem
       // Eight threads read eight neighbouring packs at once, unless a stride pulls pixels apart.
       const bool conflicts = demand.images_per_pack == 4 && packs < 8 && (g.horizontal.scale != 1 || width * packs < 8);
       const double reads = demand.reads_per_channel * demand.slots * (conflicts ? 2 : 1);
-      const double staged = demand.staging_weight * static_cast<double>(source_height * source_width * packs);
+      const double staged = demand.staging_weight * static_cast<double>(source_height * source_width * packs) +
+                            kSectorWeight * staged_sectors(g, demand, packs, source_height, source_width);
       // Fewer blocks than multiprocessors take as long as one; among those the least work is best.
       const double share = row_blocks * tiles / demand.multiprocessors;
       const double total = (reads + staged) * (std::max(share, 1.0) + kSpareWeight * share);

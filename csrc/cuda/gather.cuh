@@ -103,40 +103,49 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline Strides strides_of(const ImageView& v) { return {v.batch_stride, v.channel_stride, v.row_stride, v.col_stride}; }
 
-inline Gather forward_gather(const Conv2dShape& s, const ImageView& x, const ImageView& out) {
+// One side of a convolution, all groups together.
+struct Side {
+  int64_t channels, height, width;
+  const ImageView& images;
+};
+
+inline Gather gather_between(const Conv2dShape& s, const Side& target, const Side& source, const Axis& vertical,
+                             const Axis& horizontal) {
   const auto i = [](int64_t v) { return static_cast<int>(v); };
   return {s.batch,
           i(s.groups),
-          i(s.out_channels / s.groups),
-          i(s.in_channels / s.groups),
-          i(s.out_height),
-          i(s.out_width),
-          i(s.height),
-          i(s.width),
+          i(target.channels / s.groups),
+          i(source.channels / s.groups),
+          i(target.height),
+          i(target.width),
+          i(source.height),
+          i(source.width),
           i(s.kernel_height),
           i(s.kernel_width),
-          {i(s.stride_height), -i(s.pad_top), i(s.dilation_height), 1},
-          {i(s.stride_width), -i(s.pad_left), i(s.dilation_width), 1},
-          strides_of(out),
-          strides_of(x)};
+          vertical,
+          horizontal,
+          strides_of(target.images),
+          strides_of(source.images)};
+}
+
+inline Axis forward_axis(int64_t stride, int64_t pad, int64_t dilation) {
+  return {static_cast<int>(stride), -static_cast<int>(pad), static_cast<int>(dilation), 1};
+}
+inline Axis backward_axis(int64_t stride, int64_t pad, int64_t dilation) {
+  return {1, static_cast<int>(pad), -static_cast<int>(dilation), static_cast<int>(stride)};
+}
+
+inline Gather forward_gather(const Conv2dShape& s, const ImageView& x, const ImageView& out) {
+  return gather_between(s, {s.out_channels, s.out_height, s.out_width, out}, {s.in_channels, s.height, s.width, x},
+                        forward_axis(s.stride_height, s.pad_top, s.dilation_height),
+                        forward_axis(s.stride_width, s.pad_left, s.dilation_width));
 }
 
 inline Gather backward_gather(const Conv2dShape& s, const ImageView& grad_out, const ImageView& grad_x) {
-  const auto i = [](int64_t v) { return static_cast<int>(v); };
-  return {s.batch,
-          i(s.groups),
-          i(s.in_channels / s.groups),
-          i(s.out_channels / s.groups),
-          i(s.height),
-          i(s.width),
-          i(s.out_height),
-          i(s.out_width),
-          i(s.kernel_height),
-          i(s.kernel_width),
-          {1, i(s.pad_top), -i(s.dilation_height), i(s.stride_height)},
-          {1, i(s.pad_left), -i(s.dilation_width), i(s.stride_width)},
-          strides_of(grad_x),
-          strides_of(grad_out)};
+  return gather_between(s, {s.in_channels, s.height, s.width, grad_x},
+                        {s.out_channels, s.out_height, s.out_width, grad_out},
+                        backward_axis(s.stride_height, s.pad_top, s.dilation_height),
+                        backward_axis(s.stride_width, s.pad_left, s.dilation_width));
 }
 
 }  // namespace ilnas::cuda

@@ -21,10 +21,23 @@ int candidates(Route route, DType dtype, const Gather& g, Route (&to)[3]) {
   return count;
 }
 
-// The condensed gradient of the values is taken only where it is asked for: staging its tiles reads about 8 of every 32
-// bytes loaded, and the resource model puts it behind the direct kernel at every density (docs/cuda_without_a_gpu.md).
-Route grad_values_route(Route route, const Gather& g) {
-  return route == Route::kBest && g.rows_per_group < kFewRows ? Route::kGeneral : route;
+// Below this density the condensed gradient of the values stages more than it multiplies, by the resource model
+// (docs/cuda_without_a_gpu.md), and the direct kernel is ahead.
+constexpr double kCondensedGradDensity = 0.04;
+// Its partial sums take eight times the direct kernel's, which a large layer has no memory for.
+constexpr int64_t kCondensedGradBytes = 32 * 1024 * 1024;
+
+// kBest where the direct kernel, or the general one for what fits no tile, is to be taken.
+Route grad_values_route(Route route, DType dtype, const Gather& g, int64_t nnz) {
+  if (route != Route::kBest) return route;
+  if (g.rows_per_group < kFewRows) return Route::kGeneral;
+  const double places =
+      static_cast<double>(g.groups) * g.rows_per_group * g.sources_per_group * g.kernel_height * g.kernel_width;
+  int64_t bytes = 0;
+  const bool condensed = static_cast<double>(nnz) >= kCondensedGradDensity * places &&
+                         condensed_grad_values_workspace(dtype, g, nnz, &bytes) == cudaSuccess &&
+                         bytes <= kCondensedGradBytes;
+  return condensed ? Route::kCondensed : Route::kBest;
 }
 
 cudaError_t launch_gather(Route route, const GatherCall& call, const void* form, void* workspace, cudaStream_t stream) {
@@ -91,8 +104,9 @@ cudaError_t launch_masked_conv2d_grad_x(Route route, DType dtype, const Conv2dSh
 cudaError_t masked_conv2d_grad_values_workspace(Route route, DType dtype, const Conv2dShape& s, int64_t nnz,
                                                 int64_t* bytes) {
   const Gather g = forward_gather(s, {}, {});
-  if (route == Route::kCondensed) return condensed_grad_values_workspace(dtype, g, nnz, bytes);
-  return direct_grad_values_workspace(grad_values_route(route, g), dtype, g, nnz, bytes);
+  const Route chosen = grad_values_route(route, dtype, g, nnz);
+  if (chosen == Route::kCondensed) return condensed_grad_values_workspace(dtype, g, nnz, bytes);
+  return direct_grad_values_workspace(chosen, dtype, g, nnz, bytes);
 }
 
 cudaError_t launch_masked_conv2d_grad_values(Route route, DType dtype, const Conv2dShape& s, const PatternView& p,
@@ -100,8 +114,9 @@ cudaError_t launch_masked_conv2d_grad_values(Route route, DType dtype, const Con
                                              void* workspace, cudaStream_t stream) {
   const GradValuesArguments arguments{dtype,      forward_gather(s, x, grad_out), rows_of(p), grad_out.data, x.data,
                                       grad_values};
-  if (route == Route::kCondensed) return launch_condensed_grad_values(arguments, workspace, stream);
-  return launch_direct_grad_values(grad_values_route(route, arguments.g), arguments, workspace, stream);
+  const Route chosen = grad_values_route(route, dtype, arguments.g, p.nnz);
+  if (chosen == Route::kCondensed) return launch_condensed_grad_values(arguments, workspace, stream);
+  return launch_direct_grad_values(chosen, arguments, workspace, stream);
 }
 
 }  // namespace ilnas::cuda

@@ -190,6 +190,7 @@ cudaError_t plan_condensed(const Gather& g, int64_t nnz, const void* source, Pla
       const int octets = kWarps / warps;
       // The tile ends in a pack of zeros.
       const TileDemand demand{8,
+                              2,
                               2 * tiles * warps,
                               octets * kOctet,
                               octets * per_channel,

@@ -126,7 +126,8 @@ constexpr double kEntryWeight = 0.5;
 
 constexpr int rows_per_block(int positions) { return kThreads / 32 * 16 / positions; }
 
-bool plan_direct(const GatherCall& c, bool vector_images, const DeviceLimits& limits, DirectPlan* plan) {
+bool plan_direct(const GatherCall& c, int element_bytes, const DeviceLimits& limits, DirectPlan* plan) {
+  const bool vector_images = images_are_vectors(c.source, c.g.source, 4, element_bytes);
   double cost = 0;
   plan->positions = 0;
   const double channels = static_cast<double>(c.g.groups) * c.g.rows_per_group * c.g.sources_per_group;
@@ -134,8 +135,8 @@ bool plan_direct(const GatherCall& c, bool vector_images, const DeviceLimits& li
   for (int positions : {4, 2, 1}) {
     const int rows = rows_per_block(positions);
     const double reads = rows * live_per_channel * (1 + kEntryWeight / positions);
-    const TileDemand demand{
-        4, 32 * positions, rows, reads, kStagingWeight, shared_budget(limits), limits.multiprocessors};
+    const TileDemand demand{4,     element_bytes,  32 * positions,        rows,
+                            reads, kStagingWeight, shared_budget(limits), limits.multiprocessors};
     if (choose_image_tile(c.g, vector_images, demand, &plan->tile, &cost)) plan->positions = positions;
   }
   return plan->positions != 0;
@@ -157,8 +158,7 @@ cudaError_t launch_direct(const GatherCall& c, cudaStream_t stream) {
   return with_stored_type(c.dtype, [&](auto stored) {
     using S = decltype(stored);
     DirectPlan plan{};
-    if (!plan_direct(c, images_are_vectors(c.source, c.g.source, 4, sizeof(S)), limits, &plan))
-      return cudaErrorNotSupported;
+    if (!plan_direct(c, sizeof(S), limits, &plan)) return cudaErrorNotSupported;
     if (plan.positions == 4) return launch_tile<S, 4>(c, plan.tile, stream);
     if (plan.positions == 2) return launch_tile<S, 2>(c, plan.tile, stream);
     return launch_tile<S, 1>(c, plan.tile, stream);

@@ -178,6 +178,7 @@ cudaError_t plan_grad_values(Route route, const Gather& g, int64_t nnz, const vo
     for (int positions : {4, 2, 1}) {
       const int rows = std::min(kRowsPerBlock, g.rows_per_group);
       const TileDemand demand{4,
+                              static_cast<int>(element_bytes),
                               32 * positions,
                               kRowsPerBlock,
                               channels > 0 ? rows * double(nnz) / channels : 0,

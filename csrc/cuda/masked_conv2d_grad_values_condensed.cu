@@ -167,7 +167,7 @@ cudaError_t plan_grad(DType dtype, const Gather& g, int64_t nnz, const void* x, 
   const double places = taps * g.groups * g.rows_per_group * g.sources_per_group;
   const double density = places > 0 ? std::min(1.0, static_cast<double>(nnz) / places) : 0;
   const TileDemand demand{
-      8, kSlots, kOctets * kOctet, kOctets * taps * union_density(density), kStagingWeight, tile_budget(limits), 1};
+      8, 2, kSlots, kOctets * kOctet, kOctets * taps * union_density(density), kStagingWeight, tile_budget(limits), 1};
   double cost = 0;
   if (!choose_image_tile(g, images_are_vectors(x, g.source, 8, 2), demand, &plan->tile, &cost) ||
       !condensed_shape(g, plan->tile, nnz, kColumns, &plan->shape))

@@ -20,12 +20,12 @@ SOURCE = "predicted by a resource model"
 # an H200 for sm_80 and newer, whose tensor cores outrun the shared memory that sparse kernels read.
 _PREDICTED = {
     ("sm_75", "float32"): (0.16, 0.16, 0.22),
-    ("sm_75", "float16"): (0.15, 0.15, 0.1),
+    ("sm_75", "float16"): (0.17, 0.17, 0.12),
     ("sm_75", "bfloat16"): (0.16, 0.16, 0.22),  # no tensor core takes it there, in dense torch either
     ("sm_80", "float32"): (0.13, 0.13, 0.16),
     ("sm_80", "tf32"): (0.02, 0.02, 0.025),
-    ("sm_80", "float16"): (0.0, 0.0, 0.01),
-    ("sm_80", "bfloat16"): (0.0, 0.0, 0.01),
+    ("sm_80", "float16"): (0.02, 0.02, 0.01),
+    ("sm_80", "bfloat16"): (0.02, 0.02, 0.01),
 }
 # A 1x1 convolution or a linear layer stages as many images a multiply-add as a 3x3 one does for nine taps.
 _KIND_FACTOR = {"conv": 1.0, "conv1x1": 0.6, "linear": 0.5}

@@ -107,6 +107,20 @@ def _crossovers(device: torch.device, kind: str, dtype: torch.dtype, batch_last:
     return crossovers_for(device, kind, dtype, batch_last)
 
 
+# A 3x3 layer of 16 input channels. Up to this many weights an output, changing the layout to torch's and back takes 1.4
+# to 5 times as long as the sparse kernels take with every weight live (one thread, AVX-512).
+_FEW_INPUTS = 144
+
+
+def _crossovers_of(call, x: Tensor) -> Crossovers:
+    converts = converts_layout(call, x)
+    few = call.pattern.numel <= _FEW_INPUTS * call.pattern.shape[0]
+    # What a traced forward needs of an all-live pattern cannot be made there.
+    if converts and few and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return Crossovers(2.0, 2.0, 2.0, "an output has few weights, and the layout would have to be changed")
+    return _crossovers(x.device, call.kind, x.dtype, converts)
+
+
 @torch.compiler.assume_constant_result
 def sparse_route(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """The sparse kernels for a device and a dtype; None where there are none."""
@@ -147,7 +161,7 @@ def routes_for(call, x: Tensor) -> Routes:
     if forced is not None:
         return Routes(sparse, sparse, sparse)
     density = call.pattern.density
-    crossovers = _crossovers(device, call.kind, x.dtype, converts_layout(call, x))
+    crossovers = _crossovers_of(call, x)
     return Routes(
         sparse if density < crossovers.forward else "dense",
         sparse if density < crossovers.grad_input else "dense",
@@ -192,7 +206,7 @@ def _topk_triton(*arguments):
 def explain(call, x: Tensor) -> Explanation:
     """Why :func:`routes_for` says what it says; only device, dtype and layout of ``x`` are looked at."""
     routes, density = routes_for(call, x), call.pattern.density
-    crossovers = _crossovers(x.device, call.kind, x.dtype, converts_layout(call, x))
+    crossovers = _crossovers_of(call, x)
     choices = []
     for operation, route in routes._asdict().items():
         crossover = getattr(crossovers, operation)
@@ -200,7 +214,7 @@ def explain(call, x: Tensor) -> Explanation:
             why = "forced by use_route"
         elif sparse_route(x.device, x.dtype) is None:
             why = f"{why_no_sparse_route(x.device, x.dtype)}; absent_topk computes the dense gradient in blocks"
-        elif call.pattern.nnz == call.pattern.numel:
+        elif call.pattern.nnz == call.pattern.numel and route == "dense":
             why = "all weights are live, so this is plain torch"
         else:
             side = "below" if density < crossover else "not below"

@@ -161,3 +161,15 @@ def test_batch_last_has_its_own_crossovers():
     assert dispatch.converts_layout(layer.call(), to_batch_last(x))
     assert not dispatch.converts_layout(layer.call(), x)
     torch.testing.assert_close(layer(to_batch_last(x)), layer(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("in_channels", "route"), [(3, "sparse"), (16, "sparse"), (17, "dense")])
+def test_few_inputs_are_not_worth_a_change_of_layout(in_channels, route):
+    layer = MaskedConv2d(in_channels, 20, 3, padding=1).pack_()
+    x = torch.randn(5, in_channels, 6, 7)
+    assert set(dispatch.routes_for(layer.call(), to_batch_last(x))) == {route}
+    assert set(dispatch.routes_for(layer.call(), x)) == {"dense"}
+    explanation = dispatch.explain(layer.call(), to_batch_last(x)).choices[0]
+    assert explanation.route == route
+    assert ("few weights" if route == "sparse" else "all weights are live") in explanation.why
+    torch.testing.assert_close(layer(to_batch_last(x)), layer(x), atol=1e-5, rtol=1e-5)

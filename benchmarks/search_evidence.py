@@ -1,7 +1,7 @@
 """ILNAS against its rivals on Fashion-MNIST: runs them, keeps results as JSON, writes the tables of docs/evidence.md.
 
-    python -m benchmarks.search_evidence --data DIR                     everything: about five hours on one core
-    python -m benchmarks.search_evidence --data DIR --scale small       the small scale: about an hour
+    python -m benchmarks.search_evidence --data DIR                     everything: several hours on one core
+    python -m benchmarks.search_evidence --data DIR --scale small       one scale
     python -m benchmarks.search_evidence --tables                       only write the tables anew
 
 All runs of a scale share template, images, batches, epochs and learning rate schedule, and differ in the options named

@@ -1,11 +1,9 @@
 """One expansion of the search beside what it may cost: three training steps and the dense gradients of all weights.
 
 The gradients are torch's, of the scoring batch, in channels_last (``dense_gradients``); they
-stand for the pass in which absent_topk ranks every absent weight. The expansion is that of the trainer, on a copy of
-network and optimiser that is timed with it.
+stand for the pass in which absent_topk ranks every absent weight.
 """
 
-import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -65,12 +63,11 @@ def build(widths: str, image: tuple[int, int, int], budget: int) -> Contenders:
 
 
 def expand(trainer: Trainer) -> dict:
-    """One expansion by A_lr, with as many weights moved as the options say."""
-    network, optimizer = copy.deepcopy((trainer.network, trainer.optimizer))
+    """One expansion that adds and moves as the options say but keeps the live count: each call finds the same task."""
     config, live = trainer.config, trainer.live
     return architecture_step(
-        network, optimizer, config, trainer.batches, 0, live + round(config.alr * live),
-        moved=round(config.move * live), lr=config.lr, progress=0.0,
+        trainer.network, trainer.optimizer, config, trainer.batches, trainer.step, live,
+        moved=round((config.alr + config.move) * live), lr=config.lr, progress=0.0,
     )  # fmt: skip
 
 

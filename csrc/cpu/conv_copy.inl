@@ -200,7 +200,7 @@ void pack_along_rows(const PackTask<S>& t) {
       const int64_t end = p.run_end(k);
       for (; k + lanes <= end; k += lanes) {
         // The hardware follows neither so many streams nor their jumps from channel to channel.
-        for (int64_t l = 0; l < t.lanes.active; ++l) prefetch(from[l] + p.source[k] + t.image.channel_stride);
+        for (int64_t l = 0; l < t.lanes.active; ++l) prefetch_far(from[l] + p.source[k] + t.image.channel_stride);
         load_block(from, p.source[k], t.lanes.active, lanes, v);
 #pragma GCC unroll 16
         for (int j = 0; j < lanes; ++j) v[j].store(to + p.slot[k + j]);
@@ -223,10 +223,10 @@ void pack_across_channels(const PackTask<S>& t) {
   for (int64_t c = t.first; c < t.last; ++c) zero_outside(t, c);
   for (int64_t k = 0; k < p.count; ++k) {
     Sum<S>* to = t.to + p.slot[k];
-    const int64_t ahead = smaller(k + 2, p.count - 1);
+    const int64_t ahead = smaller(k + 4, p.count - 1);
     for (int64_t c = t.first; c < t.last; c += lanes, to += lanes * t.pitch) {
       const int64_t n = smaller(lanes, t.last - c);
-      for (int64_t l = 0; l < t.lanes.active; ++l) prefetch(from[l] + p.source[ahead] + c);
+      for (int64_t l = 0; l < t.lanes.active; ++l) prefetch_far(from[l] + p.source[ahead] + c);
       load_block(from, p.source[k] + c, t.lanes.active, n, v);
       if (n == lanes) {
 #pragma GCC unroll 16

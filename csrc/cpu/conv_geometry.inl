@@ -38,6 +38,15 @@ inline void prefetch(const void* p) {
   (void)p;
 #endif
 }
+// To the second-level cache only: lines of several images often share one set of the first, which holds fewer of them
+// than there are lanes.
+inline void prefetch_far(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
+#else
+  (void)p;
+#endif
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t floor_mod(int64_t a, int64_t b) { return (a % b + b) % b; }

@@ -92,19 +92,22 @@ struct Windows {
   }
 };
 
-// `lanes` patches, neighbours in the order region by region, image by image.
+// `lanes` patches, neighbours in the order block of `lanes` images, region, image: the regions of an image follow each
+// other while its pages are at hand, and all lanes lie alike but in the units of a last, smaller block.
 struct Unit {
   int64_t rows, cols;  // tile positions to compute
   Lanes in, out;
 
   static Unit at(const TiledConv& c, const Tiling& t, int64_t index) {
     Unit u;
-    const int64_t first = index * t.lanes, last = smaller(first + t.lanes, t.patches(c));
-    u.in.active = u.out.active = last - first;
-    u.in.aligned = u.out.aligned = first / c.batch == (last - 1) / c.batch;
+    const int64_t regions = t.region_rows * t.region_cols, block_patches = t.lanes * regions;
+    const int64_t first = index * t.lanes, first_image = first / block_patches * t.lanes;
+    const int64_t images = smaller(t.lanes, c.batch - first_image), skipped = first % block_patches;
+    u.in.active = u.out.active = smaller(t.lanes, images * regions - skipped);
+    u.in.aligned = u.out.aligned = skipped / images == (skipped + u.in.active - 1) / images;
     u.rows = t.rows, u.cols = t.cols;
-    for (int64_t l = 0; l < last - first; ++l) {
-      const int64_t image = (first + l) % c.batch, region = (first + l) / c.batch;
+    for (int64_t l = 0; l < u.in.active; ++l) {
+      const int64_t image = first_image + (skipped + l) % images, region = (skipped + l) / images;
       const int64_t row = region / t.region_cols * t.rows, col = region % t.region_cols * t.cols;
       u.in.image[l] = image * c.in.batch_stride, u.out.image[l] = image * c.out.batch_stride;
       u.in.row[l] = row * c.rows.step() + c.rows.origin(), u.in.col[l] = col * c.cols.step() + c.cols.origin();

@@ -62,6 +62,16 @@ inline int count_bits(uint32_t bits) {
   return count;
 }
 
+inline int lowest_bit(uint32_t bits) {
+#if defined(__GNUC__)
+  return __builtin_ctz(bits);
+#else
+  int place = 0;
+  while (!(bits >> place & 1u)) ++place;
+  return place;
+#endif
+}
+
 // Sets of outputs of a tile, one bit each: [column][marks_per_column].
 inline int64_t marks_of(int64_t outputs) { return (outputs + filter_lanes - 1) / filter_lanes; }
 inline void mark(uint16_t* marks, int64_t output) {
@@ -83,9 +93,8 @@ class Candidates {
       lanes.reach &= offered, lanes.non_finite &= offered;
       if ((lanes.reach | lanes.non_finite) == 0) continue;
       non_finite_ += count_bits(lanes.non_finite);
-      const uint32_t reach = lanes.reach & ~lanes.non_finite;
-      for (int lane = 0; reach >> lane; ++lane) {
-        if (!(reach >> lane & 1u)) continue;
+      for (uint32_t reach = lanes.reach & ~lanes.non_finite; reach; reach &= reach - 1) {
+        const int lane = lowest_bit(reach);
         const uint64_t key = key_of(scores[i + lane], first + (i + lane) * step);
         if (key >= threshold_) keys_[held_++] = key;
       }

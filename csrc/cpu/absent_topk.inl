@@ -10,21 +10,31 @@ namespace ilnas {
 namespace ILNAS_ISA {
 namespace {
 
+// What all threads together take beside the k best.
+constexpr int64_t most_scratch = 7 << 20;
+
 // The weight [out_channels, in_per_group * taps] cut into tiles of whole kernels by outputs, group by group.
 struct TilePlan {
   // Whole panels in every instruction set, so that outputs of a tile begin at a multiple of the widest vector.
   static constexpr int64_t panel_outputs = 48;
-  static constexpr int64_t widest_columns = 576, widest_outputs = 528;
 
   int64_t taps, in_per_group, out_per_group, cols;
   int64_t channels_at_once, outputs_at_once, channel_tiles, output_tiles, tiles;
 
-  static TilePlan of(const Conv2dShape& s, int64_t threads) {
+  static TilePlan of(const Conv2dShape& s, const ChunkPlan& chunks, int64_t element, int64_t threads) {
     TilePlan t{};
     t.taps = s.kernel_height * s.kernel_width;
     t.in_per_group = s.in_channels / s.groups, t.out_per_group = s.out_channels / s.groups;
     t.cols = t.in_per_group * t.taps;
     if (t.cols == 0 || t.out_per_group == 0) return t;
+    // The largest tiles pack least; many threads hold smaller ones.
+    int64_t widest_columns = 576, widest_outputs = 11 * panel_outputs;
+    const auto bytes = [&] {
+      const int64_t packed = chunks.pixels * widest_outputs + widest_columns / t.taps * chunks.places;
+      return threads * element * (widest_columns * widest_outputs + packed);
+    };
+    while (bytes() > most_scratch && widest_outputs > panel_outputs)
+      widest_columns /= 2, widest_outputs = (widest_outputs / 2 + panel_outputs - 1) / panel_outputs * panel_outputs;
     t.output_tiles = (t.out_per_group + widest_outputs - 1) / widest_outputs;
     t.outputs_at_once = (t.out_per_group + t.output_tiles - 1) / t.output_tiles;
     if (t.output_tiles > 1) t.outputs_at_once = (t.outputs_at_once + panel_outputs - 1) / panel_outputs * panel_outputs;
@@ -50,22 +60,36 @@ struct TilePlan {
   }
 };
 
+// Where among a row's blocked positions column `first` of `columns` would be if they were spread evenly.
+inline const int32_t* guess_place(const PatternView& blocked, int64_t row, int64_t first, int64_t columns) {
+  const int64_t begin = blocked.row_ptr[row];
+  return blocked.col + begin + (blocked.row_ptr[row + 1] - begin) * first / columns;
+}
+
+// Calls f(column - first) of every blocked position of a row in columns [first, last) of `columns`.
+template <class F>
+void for_blocked_of_row(const PatternView& blocked, int64_t row, int64_t columns, int64_t first, int64_t last,
+                        const F& f) {
+  constexpr int64_t near = 32;
+  const int32_t *at = blocked.col + blocked.row_ptr[row], *end = blocked.col + blocked.row_ptr[row + 1], *limit = end;
+  const int32_t* guess = guess_place(blocked, row, first, columns);
+  if (guess - at > near && guess[-near - 1] < first) at = guess - near;
+  if (end - guess > near && guess[near] >= first) limit = guess + near;
+  // A binary search without branches, which would be guessed wrong half of the time.
+  for (int64_t left = limit - at; left > 0;) {
+    const int64_t half = (left + 1) / 2;
+    at += (at[half - 1] < first) * half;
+    left -= half;
+  }
+  for (; at < end && *at < last; ++at) f(*at - first);
+}
+
 // Calls f(output in tile, column in tile) of every blocked position of a tile.
 template <class F>
 void for_each_blocked(const TilePlan& t, const PatternView& blocked, const Tile& tile, const F& f) {
   const int64_t first = tile.channel % t.in_per_group * t.taps, last = first + tile.channels * t.taps;
-  for (int64_t o = 0; o < tile.outputs; ++o) {
-    int64_t low = blocked.row_ptr[tile.output + o], high = blocked.row_ptr[tile.output + o + 1];
-    const int64_t end = high;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (blocked.col[middle] < first)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    for (int64_t j = low; j < end && blocked.col[j] < last; ++j) f(o, blocked.col[j] - first);
-  }
+  for (int64_t o = 0; o < tile.outputs; ++o)
+    for_blocked_of_row(blocked, tile.output + o, t.cols, first, last, [&](int64_t column) { f(o, column); });
 }
 
 inline const float* as_floats(const float* sums, int64_t, float*) { return sums; }
@@ -130,8 +154,10 @@ void write_best(BestKeys& best, const TopkQuery& q) {
 template <class S>
 uint64_t guess_threshold(const Conv2dShape& s, const PatternView& blocked, const ImageView& grad_out,
                          const ImageView& x, const TopkQuery& q, const TilePlan& t, const ChunkPlan& chunks) {
-  constexpr int64_t sample_outputs = 96, sample_columns = 288, least_share = 64, least_rank = 16;
+  constexpr int64_t most_outputs = 96, most_columns = 288, fewer = 48, least_share = 64, least_rank = 16;
   const int64_t weights = s.out_channels * t.cols;
+  const int64_t sample_outputs = weights < least_share * most_outputs * most_columns ? fewer : most_outputs;
+  const int64_t sample_columns = weights < least_share * fewer * most_columns ? 4 * fewer : most_columns;
   if (q.by_kernel || s.groups > 1 || t.taps > sample_columns || s.out_channels < sample_outputs) return 0;
   int64_t channels = sample_columns / t.taps;
   if (channels > t.channels_at_once) channels = t.channels_at_once;
@@ -145,8 +171,8 @@ uint64_t guess_threshold(const Conv2dShape& s, const PatternView& blocked, const
   Scratch scratch(memory.bytes());
   memory.take_from(scratch.take<char>(memory.bytes()));
   compute_tile<S>(s, chunks, spread_x, spread_grad, {0, sample_outputs, 0, channels}, memory);
-  constexpr int64_t width = sample_outputs / filter_lanes;
-  uint16_t marks[sample_columns * width] = {};
+  const int64_t width = sample_outputs / filter_lanes;
+  uint16_t marks[most_columns * most_outputs / filter_lanes] = {};
   for (int64_t o = 0; o < sample_outputs; ++o)
     for (int64_t j = blocked.row_ptr[o * output_spread]; j < blocked.row_ptr[o * output_spread + 1]; ++j) {
       const int64_t c = blocked.col[j] / t.taps;
@@ -157,7 +183,7 @@ uint64_t guess_threshold(const Conv2dShape& s, const PatternView& blocked, const
   const int64_t rank = static_cast<int64_t>(1.25 * expected + 4 * sqrt(expected)) + 8;
   BestKeys best(rank, 0);
   Candidates candidates(&best);
-  float floats[sample_outputs];
+  float floats[most_outputs];
   for (int64_t column = 0; column < channels * t.taps; ++column)
     candidates.offer(as_floats(memory.sums + column * memory.step, sample_outputs, floats), marks + column * width,
                      sample_outputs, column * sample_outputs, 1);
@@ -206,8 +232,8 @@ void rank_absent(const Conv2dShape& s, const PatternView& blocked, const ImageVi
 template <class S>
 void best_absent(const Conv2dShape& s, const PatternView& blocked, const ImageView& grad_out, const ImageView& x,
                  const TopkQuery& q, const Parallel& parallel) {
-  const TilePlan t = TilePlan::of(s, parallel.threads);
   const ChunkPlan chunks = ChunkPlan::of(s, PixelRuns::of(x, s.batch, s.height, s.width), s.out_channels / s.groups);
+  const TilePlan t = TilePlan::of(s, chunks, sizeof(Sum<S>), parallel.threads);
   const uint64_t floor = least_key(q.floor), guess = guess_threshold<S>(s, blocked, grad_out, x, q, t, chunks);
   for (uint64_t threshold = guess > floor ? guess : floor;; threshold = floor) {
     BestKeys best(q.k, threshold);

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _C
 from ._condensed_forms import kept_form
 from .layout import BATCH_LAST, CHANNELS_LAST, layout_of, to_layout
 from .pattern import Pattern
@@ -182,14 +183,33 @@ class LinearCall:
         return (isa,)
 
     def forward_dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
+        return _linear(x, weight, bias)
 
     def backward_dense(self, grad_out: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> Gradients:
         return (
-            grad_out @ weight if wanted[0] else None,
-            grad_out.t() @ x if wanted[1] else None,
+            _linear(grad_out, weight.t()) if wanted[0] else None,
+            _linear(grad_out.t(), x.t()) if wanted[1] else None,
             grad_out.sum(0) if wanted[2] else None,
         )
+
+
+# Products from here on oneDNN takes a tenth less time for than MKL on processors other than Intel's, and no less below.
+_ONEDNN_PRODUCTS = 2**24
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear by the faster of torch's two libraries; oneDNN's product has no gradient of its own."""
+    if (
+        _C.mkl_is_slower
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.shape[0] * weight.numel() >= _ONEDNN_PRODUCTS
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.is_available()
+    ):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 Call = ConvCall | LinearCall

@@ -36,12 +36,12 @@ def scatter_live(values: Tensor, row_ptr: Tensor, col: Tensor, size: Sequence[in
     return values.new_empty_strided(size, stride).copy_(weight)
 
 
-def has_strays(weight: Tensor, row_ptr: Tensor, col: Tensor, live_bits: Tensor) -> Tensor:
+def has_strays(weight: Tensor, row_ptr: Tensor, col: Tensor, live_bits: Tensor, isa: str = "") -> Tensor:
     """Whether an absent entry holds anything but a zero: 1 or 0, int64 [1]; NaN counts."""
     return weight.ne(0).logical_and_(absent_positions(weight.shape, row_ptr, col)).any().long().view(1)
 
 
-def zero_absent_(weight: Tensor, row_ptr: Tensor, col: Tensor, live_bits: Tensor) -> None:
+def zero_absent_(weight: Tensor, row_ptr: Tensor, col: Tensor, live_bits: Tensor, isa: str = "") -> None:
     weight.masked_fill_(absent_positions(weight.shape, row_ptr, col), 0)
 
 

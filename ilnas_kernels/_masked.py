@@ -29,7 +29,18 @@ def run_masked(
     gradient_sum: GradientSum | None = None,
 ) -> Tensor:  # fmt: skip
     """The masked operation on checked operands of one dtype; weight in either form."""
-    return Masked.apply(x, weight, bias, call, routes, isa, gradient_sum)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return Masked.apply(x, weight, bias, call, routes, isa, gradient_sum)
+    return _forward(x, weight, bias, call, routes, isa)[0]  # apply would cost a small layer half as much again
+
+
+def _forward(x, weight, bias, call, routes, isa):
+    """The output, and the weight in the form that the route works with."""
+    if routes.forward == "dense":
+        operand = dense_weight(weight, call.pattern)
+        return call.forward_dense(x, operand, bias), operand
+    operand = live_values(weight, call.pattern)
+    return call.forward_sparse(x, operand, bias, routes.forward, isa), operand
 
 
 class Masked(torch.autograd.Function):
@@ -37,12 +48,7 @@ class Masked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, call, routes, isa, gradient_sum):
-        if routes.forward == "dense":
-            operand = dense_weight(weight, call.pattern)
-            out = call.forward_dense(x, operand, bias)
-        else:
-            operand = live_values(weight, call.pattern)
-            out = call.forward_sparse(x, operand, bias, routes.forward, isa)
+        out, operand = _forward(x, weight, bias, call, routes, isa)
         ctx.save_for_backward(x, weight, operand)
         ctx.call, ctx.routes, ctx.isa, ctx.gradient_sum = call, routes, isa, gradient_sum
         return out
@@ -128,7 +134,8 @@ def dense_weight(weight: Tensor, pattern: Pattern) -> Tensor:
         # to wait for another device would cost more.
         if weight.device.type == "cpu" and not torch.compiler.is_compiling():
             with below_autograd():
-                if not _ilnas.has_strays.default(weight, pattern.row_ptr, pattern.col, pattern.live_bits).item():
+                seen, live_bits = _in_memory_order(weight, pattern)
+                if not _ilnas.has_strays.default(seen, pattern.row_ptr, pattern.col, live_bits).item():
                     return weight
         weight = gather(weight, pattern)
     return scatter(weight, pattern)
@@ -143,5 +150,18 @@ def _masked_gradient(grad: Tensor, weight: Tensor, pattern: Pattern) -> Tensor:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return scatter(gather(grad, pattern), pattern, grad.shape, grad.stride())
     with below_autograd():
-        _ilnas.zero_absent_.default(grad, pattern.row_ptr, pattern.col, pattern.live_bits)
+        seen, live_bits = _in_memory_order(grad, pattern)
+        _ilnas.zero_absent_.default(seen, pattern.row_ptr, pattern.col, live_bits)
     return grad
+
+
+def _in_memory_order(weight: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """The same weight seen as contiguous, where it is channels_last on the CPU, and its mask packed in that order."""
+    if (
+        not weight.is_contiguous()
+        and weight.device.type == "cpu"
+        and weight.dim() == 4
+        and weight.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return weight.permute(0, 2, 3, 1), pattern.live_bits_channels_last
+    return weight, pattern.live_bits

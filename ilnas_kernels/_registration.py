@@ -93,12 +93,12 @@ def _(values, row_ptr, col, size, stride):
 
 
 @torch.library.register_fake("ilnas::has_strays")
-def _(weight, row_ptr, col, live_bits):
+def _(weight, row_ptr, col, live_bits, isa=""):
     return row_ptr.new_empty(1, dtype=torch.int64)
 
 
 @torch.library.register_fake("ilnas::zero_absent_")
-def _(weight, row_ptr, col, live_bits):
+def _(weight, row_ptr, col, live_bits, isa=""):
     return None
 
 

@@ -161,6 +161,11 @@ class Pattern:
         """:func:`pack_bits` of this pattern."""
         return self.plan("live_bits", pack_bits)
 
+    @property
+    def live_bits_channels_last(self) -> Tensor:
+        """The same with the mask [out, in, kh, kw] read in the order of a channels_last weight."""
+        return self.plan("live_bits_channels_last", lambda pattern: _packed(pattern.mask.permute(0, 2, 3, 1)))
+
     def to(self, device: torch.device | str) -> "Pattern":
         """The same pattern on another device; itself when it is there already."""
         device = torch.device(device)
@@ -207,8 +212,12 @@ def _pointers(row: Tensor, rows: int) -> Tensor:
 
 def pack_bits(pattern: Pattern) -> Tensor:
     """The mask as one bit a weight, uint8 [ceil(numel / 8)]; weight i is bit i % 8 of byte i // 8."""
-    bits = torch.nn.functional.pad(pattern.mask.view(-1), (0, -pattern.numel % 8)).view(-1, 8)
-    packed = torch.zeros(bits.shape[0], dtype=torch.uint8, device=pattern.device)
+    return _packed(pattern.mask)
+
+
+def _packed(mask: Tensor) -> Tensor:
+    bits = torch.nn.functional.pad(mask.reshape(-1), (0, -mask.numel() % 8)).view(-1, 8)
+    packed = torch.zeros(bits.shape[0], dtype=torch.uint8, device=mask.device)
     for place in range(8):
         packed |= bits[:, place].to(torch.uint8) << place
     return packed

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from ilnas_kernels import MaskedConv2d, MaskedLinear, Pattern, to_batch_last, use_route
+from ilnas_kernels import (
+    MaskedConv2d,
+    MaskedLinear,
+    Pattern,
+    _masked,
+    current_instruction_set,
+    to_batch_last,
+    use_route,
+)
 from ilnas_kernels.layout import BATCH_LAST, layout_of
 
 # torch's own tracing instantiates Function and looks at the gradients of non-leaves, which its warnings are against.
@@ -89,6 +97,35 @@ def test_live_values_of_every_width(dtype, strided):
     ILNAS.zero_absent_(weight, *held)
     assert torch.equal(weight, dense)
     assert ILNAS.has_strays(weight, *held) == 0
+
+
+@pytest.mark.parametrize("dtype", (torch.int8, torch.bfloat16, torch.float32, torch.float64), ids=str)
+def test_strays_in_every_instruction_set(dtype, isa):
+    """The mask in whole machine words, whole bytes and a rest of one bit."""
+    p = Pattern.from_mask(torch.rand(13, 21) < 0.5)
+    name, held = current_instruction_set(), (p.row_ptr, p.col, p.live_bits)
+    clean = torch.where(p.mask, torch.full(p.shape, -3).to(dtype), torch.zeros(p.shape, dtype=dtype))
+    assert ILNAS.has_strays(clean, *held, name) == 0
+    assert ILNAS.has_strays(torch.where(p.mask, clean, -clean), *held, name) == 0  # -0 is a zero too
+    for place in (~p.mask).nonzero():
+        stray = clean.clone()
+        stray[tuple(place)] = 5
+        assert ILNAS.has_strays(stray, *held, name) == 1
+        ILNAS.zero_absent_(stray, *held, name)
+        assert torch.equal(stray, clean)
+
+
+def test_strays_of_a_channels_last_weight():
+    """Read in the order of memory, with the mask packed in that order."""
+    p = CONV_PATTERN
+    clean = torch.randn(p.shape).masked_fill_(~p.mask, 0).contiguous(memory_format=torch.channels_last)
+    assert _masked.dense_weight(clean, p) is clean
+    for place in (~p.mask).nonzero():
+        stray = clean.clone()
+        stray[tuple(place)] = torch.inf
+        assert torch.equal(_masked.dense_weight(stray, p), clean)
+        with torch.no_grad():
+            assert torch.equal(_masked._masked_gradient(stray, clean, p), clean)
 
 
 def network(packed):

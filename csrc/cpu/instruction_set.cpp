@@ -43,6 +43,14 @@ bool runs_here(InstructionSet set) {
   return true;
 }
 
+bool mkl_is_slower() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 InstructionSet best_instruction_set() {
   for (auto set : {InstructionSet::kAvx512, InstructionSet::kAvx2})
     if (runs_here(set)) return set;

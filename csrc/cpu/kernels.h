@@ -124,6 +124,10 @@ struct Kernels {
   void (*relu_norm_backward)(DType, const ReluNormBackward&, const Parallel&);
   void (*max_pool)(DType, const MaxPool&, const Parallel&);
   void (*max_pool_backward)(DType, const MaxPoolBackward&, const Parallel&);
+  // Of a contiguous weight with elements of 1, 2, 4 or 8 bytes, element i live if bit i % 8 of byte i / 8 is set, the
+  // elements of whole bytes [begin, end): whether an absent one holds anything but a zero (NaN counts); zeroing those.
+  bool (*has_strays)(int64_t element_size, const void* weight, const uint8_t* live_bits, int64_t begin, int64_t end);
+  void (*zero_absent)(int64_t element_size, void* weight, const uint8_t* live_bits, int64_t begin, int64_t end);
 };
 
 enum class InstructionSet : int { kBaseline, kAvx2, kAvx512 };
@@ -132,6 +136,8 @@ enum class InstructionSet : int { kBaseline, kAvx2, kAvx512 };
 const Kernels* kernels(InstructionSet);
 // Whether this binary holds the set and this processor and operating system run it.
 bool runs_here(InstructionSet);
+// Whether this processor is one on which Intel's MKL stays behind oneDNN: x86, but not of Intel's make.
+bool mkl_is_slower();
 // The fastest set that runs here.
 InstructionSet best_instruction_set();
 

@@ -4,9 +4,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstring>
 
-#include "torch/tensors.h"
+#include "torch/cpu_call.h"
 
 namespace ilnas {
 namespace {
@@ -121,35 +120,16 @@ void for_absent(const ColumnOffset& offset, const int32_t* rows, const int32_t* 
 
 int64_t row_length(const Tensor& weight) { return weight.size(0) ? weight.numel() / weight.size(0) : 0; }
 
-// Eight elements as machine words, which any compiler turns into wide loads.
-template <typename E>
-struct Eight {
-  uint64_t word[sizeof(E)];
-  static Eight load(const void* from) {
-    Eight e;
-    std::memcpy(e.word, from, sizeof e.word);
-    return e;
-  }
-};
-
-// All ones in the elements that a byte of the packed mask calls absent.
-template <typename E>
-struct AbsentMasks {
-  alignas(64) E of[256][8] = {};
-  constexpr AbsentMasks() {
-    for (int byte = 0; byte < 256; ++byte)
-      for (int bit = 0; bit < 8; ++bit) of[byte][bit] = byte >> bit & 1 ? E{0} : static_cast<E>(~E{0});
-  }
-};
-
 // Calls body(first byte, last byte) for runs of whole bytes of the packed mask.
 template <typename Body>
 void for_bytes(int64_t numel, const Body& body) {
-  torch::stable::parallel_for(0, numel / 8, kEntriesPerTask / 8, body);
+  constexpr int64_t bytes_per_task = 1 << 14;  // half a megabyte of float32, read in less time than a thread wakes in
+  torch::stable::parallel_for(0, numel / 8, bytes_per_task, body);
 }
 
 // Whether an absent entry holds anything but a zero: 1 or 0, int64 [1]; NaN counts. live_bits: the packed mask.
-Tensor has_strays(const Tensor& weight, const Tensor& row_ptr, const Tensor& col, const Tensor& live_bits) {
+Tensor has_strays(const Tensor& weight, const Tensor& row_ptr, const Tensor& col, const Tensor& live_bits,
+                  const std::string& isa) {
   Tensor answer = torch::stable::new_empty(row_ptr, {1}, ScalarType::Long);
   std::atomic<bool> found = false;
   with_element(weight, [&](auto element) {
@@ -157,18 +137,10 @@ Tensor has_strays(const Tensor& weight, const Tensor& row_ptr, const Tensor& col
     const E* from = static_cast<const E*>(weight.data_ptr());
     constexpr E magnitude = static_cast<E>(~E{0}) >> 1;
     if (weight.is_contiguous()) {
-      static constexpr AbsentMasks<E> masks;
+      const Kernels& kernels = kernels_named(isa);
       const uint8_t* bits = live_bits.const_data_ptr<uint8_t>();
       for_bytes(weight.numel(), [&](int64_t begin, int64_t end) {
-        Eight<E> seen{};
-        for (int64_t b = begin; b < end; ++b) {
-          const auto data = Eight<E>::load(from + b * 8), absent = Eight<E>::load(masks.of[bits[b]]);
-          for (size_t i = 0; i < sizeof(E); ++i) seen.word[i] |= data.word[i] & absent.word[i];
-        }
-        E any[8];
-        std::memcpy(any, seen.word, sizeof any);
-        for (const E a : any)
-          if (a & magnitude) found.store(true, std::memory_order_relaxed);
+        if (kernels.has_strays(sizeof(E), from, bits, begin, end)) found.store(true, std::memory_order_relaxed);
       });
       for (int64_t i = weight.numel() / 8 * 8; i < weight.numel(); ++i)
         if (!(bits[i / 8] >> (i % 8) & 1) && (from[i] & magnitude)) found = true;
@@ -188,21 +160,16 @@ Tensor has_strays(const Tensor& weight, const Tensor& row_ptr, const Tensor& col
 }
 
 // Sets every absent entry to 0.
-void zero_absent_(Tensor weight, const Tensor& row_ptr, const Tensor& col, const Tensor& live_bits) {
+void zero_absent_(Tensor weight, const Tensor& row_ptr, const Tensor& col, const Tensor& live_bits,
+                  const std::string& isa) {
   with_element(weight, [&](auto element) {
     using E = decltype(element);
     E* to = static_cast<E*>(weight.data_ptr());
     if (weight.is_contiguous()) {
-      static constexpr AbsentMasks<E> masks;
+      const Kernels& kernels = kernels_named(isa);
       const uint8_t* bits = live_bits.const_data_ptr<uint8_t>();
-      for_bytes(weight.numel(), [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) {
-          auto data = Eight<E>::load(to + b * 8);
-          const auto absent = Eight<E>::load(masks.of[bits[b]]);
-          for (size_t i = 0; i < sizeof(E); ++i) data.word[i] &= ~absent.word[i];
-          std::memcpy(to + b * 8, data.word, sizeof data.word);
-        }
-      });
+      for_bytes(weight.numel(),
+                [&](int64_t begin, int64_t end) { kernels.zero_absent(sizeof(E), to, bits, begin, end); });
       for (int64_t i = weight.numel() / 8 * 8; i < weight.numel(); ++i)
         if (!(bits[i / 8] >> (i % 8) & 1)) to[i] = 0;
       return;
@@ -222,8 +189,8 @@ void zero_absent_(Tensor weight, const Tensor& row_ptr, const Tensor& col, const
 STABLE_TORCH_LIBRARY_FRAGMENT(ilnas, m) {
   m.def("gather_live(Tensor weight, Tensor row_ptr, Tensor col) -> Tensor");
   m.def("scatter_live(Tensor values, Tensor row_ptr, Tensor col, int[] size, int[] stride) -> Tensor");
-  m.def("has_strays(Tensor weight, Tensor row_ptr, Tensor col, Tensor live_bits) -> Tensor");
-  m.def("zero_absent_(Tensor(a!) weight, Tensor row_ptr, Tensor col, Tensor live_bits) -> ()");
+  m.def("has_strays(Tensor weight, Tensor row_ptr, Tensor col, Tensor live_bits, str isa=\"\") -> Tensor");
+  m.def("zero_absent_(Tensor(a!) weight, Tensor row_ptr, Tensor col, Tensor live_bits, str isa=\"\") -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ilnas, CPU, m) {

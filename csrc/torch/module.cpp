@@ -61,6 +61,7 @@ PYBIND11_MODULE(_C, m) {
         return std::string();
       },
       "The set that is used when none is named.");
+  m.attr("mkl_is_slower") = ilnas::mkl_is_slower();
   m.attr("build_flags") = ILNAS_BUILD_FLAGS;
   m.attr("cuda_outcome") = ILNAS_CUDA_OUTCOME;  // whether the CUDA kernels were built beside this module, and why not
 }

@@ -33,7 +33,7 @@ class Crossovers(NamedTuple):
 DEFAULTS: dict[str, tuple[float, float, float]] = {
     "cpu/conv": (0.6, 0.6, 0.65),
     "cpu/conv1x1": (0.6, 0.6, 0.6),
-    "cpu/linear": (0.3, 0.2, 0.2),
+    "cpu/linear": (0.3, 0.25, 0.25),
     "cpu/conv/batch-last": (0.9, 0.9, 0.9),
     "cpu/conv1x1/batch-last": (0.9, 0.9, 0.9),
 }

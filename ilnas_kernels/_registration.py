@@ -124,8 +124,11 @@ def _backward_context(ctx, inputs, output):
     ctx.save_for_backward(grad_out, x, values)
 
 
-def _second_backward(forward, backward, ctx, gradients):
-    """The three gradients are bilinear in (grad_out, x, values), so theirs are the same operators again."""
+def _second_backward(forward, backward, ctx, gradients, last):
+    """The three gradients are bilinear in (grad_out, x, values), so theirs are the same operators again.
+
+    last: the operators' argument behind the operands.
+    """
     grad_out, x, values = ctx.saved_tensors
     from_x, from_values, from_bias = _asked(gradients, ctx.output_mask)
     need_grad_out, need_x, need_values = ctx.needs_input_grad[:3]
@@ -133,21 +136,22 @@ def _second_backward(forward, backward, ctx, gradients):
     if need_grad_out:
         terms = []
         if from_x is not None:
-            terms.append(forward(from_x, values, None, *ctx.operands, ctx.isa))
+            terms.append(forward(from_x, values, None, *ctx.operands, last))
         if from_values is not None:
-            terms.append(forward(x, from_values, None, *ctx.operands, ctx.isa))
+            terms.append(forward(x, from_values, None, *ctx.operands, last))
         if from_bias is not None:
             terms.append(from_bias.view(1, -1, *[1] * (grad_out.dim() - 2)).expand_as(grad_out))
         grad_grad_out = sum(terms[1:], terms[0])
     if need_x and from_values is not None:
-        grad_x = backward(grad_out, x, from_values, *ctx.operands, [True, False, False], ctx.isa)[0]
+        grad_x = backward(grad_out, x, from_values, *ctx.operands, [True, False, False], last)[0]
     if need_values and from_x is not None:
-        grad_values = backward(grad_out, from_x, values, *ctx.operands, [False, True, False], ctx.isa)[1]
-    return grad_grad_out, grad_x, grad_values, *[None] * (len(ctx.operands) + 3)
+        grad_values = backward(grad_out, from_x, values, *ctx.operands, [False, True, False], last)[1]
+    return grad_grad_out, grad_x, grad_values
 
 
 def _conv_second_backward(ctx, *gradients):
-    return _second_backward(_ilnas.masked_conv2d, _ilnas.masked_conv2d_backward, ctx, gradients)
+    found = _second_backward(_ilnas.masked_conv2d, _ilnas.masked_conv2d_backward, ctx, gradients, ctx.isa)
+    return *found, *[None] * (len(ctx.operands) + 3)
 
 
 def _linear_backward(ctx, grad_out):
@@ -158,7 +162,8 @@ def _linear_backward(ctx, grad_out):
 
 
 def _linear_second_backward(ctx, *gradients):
-    return _second_backward(_ilnas.masked_linear, _ilnas.masked_linear_backward, ctx, gradients)
+    found = _second_backward(_ilnas.masked_linear, _ilnas.masked_linear_backward, ctx, gradients, ctx.isa)
+    return *found, *[None] * (len(ctx.operands) + 3)
 
 
 def _gather_context(ctx, inputs, output):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._registration import _asked, _backward_context, _conv_context, _second_backward
+from .._registration import _asked, _second_backward
 from ..layout import empty_in_layout, layout_of
 
 
@@ -19,26 +19,33 @@ def empty_gradients(x: Tensor, values: Tensor, rows: int, output_mask: list[bool
 
 
 def register_gradients(forward, backward) -> None:
-    """Makes both operators of a layer differentiable as their C++ namesakes are, which take `isa` instead of the plan.
+    """Makes both operators of a layer differentiable as their C++ namesakes are, which take two arguments for the plan.
 
     forward(x, values, bias, *operands, plan); backward(grad_out, x, values, *operands, output_mask, plan).
     """
 
+    def first_context(ctx, inputs, output):
+        x, values, _, *ctx.operands, ctx.plan = inputs
+        ctx.save_for_backward(x, values)
+
     def first(ctx, grad_out):
         x, values = ctx.saved_tensors
-        *operands, plan = ctx.rest
         mask = list(ctx.needs_input_grad[:3])
-        found = backward(grad_out, x, values, *operands, mask, plan)
-        return *_asked(found, mask), *[None] * len(operands), [None] * len(plan)
+        found = backward(grad_out, x, values, *ctx.operands, mask, ctx.plan)
+        return *_asked(found, mask), *[None] * len(ctx.operands), [None] * len(ctx.plan)
+
+    def second_context(ctx, inputs, output):
+        grad_out, x, values, *ctx.operands, ctx.output_mask, ctx.plan = inputs
+        ctx.save_for_backward(grad_out, x, values)
 
     def second(ctx, *gradients):
-        plan = ctx.isa
-        return *_second_backward(forward, backward, ctx, gradients)[:-1], [None] * len(plan)
+        found = _second_backward(forward, backward, ctx, gradients, ctx.plan)
+        return *found, *[None] * len(ctx.operands), None, [None] * len(ctx.plan)
 
     def fake_backward(grad_out, x, values, row_ptr, *rest):
         *_, output_mask, _ = rest
         return empty_gradients(x, values, row_ptr.shape[0] - 1, output_mask)
 
     backward.register_fake(fake_backward)
-    torch.library.register_autograd(forward._qualname, first, setup_context=_conv_context)
-    torch.library.register_autograd(backward._qualname, second, setup_context=_backward_context)
+    torch.library.register_autograd(forward._qualname, first, setup_context=first_context)
+    torch.library.register_autograd(backward._qualname, second, setup_context=second_context)

@@ -13,10 +13,6 @@ from ilnas.randomness import generator_for
 
 DATASETS = ("digits", "mnist", "fashion-mnist", "cifar-10")
 FLIPPED = ("fashion-mnist", "cifar-10")  # mirror images of digits are other signs
-CLASS_NAMES = {
-    "fashion-mnist": ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"),
-    "cifar-10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-}
 
 
 @dataclass(frozen=True)

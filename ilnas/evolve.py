@@ -119,12 +119,14 @@ class _Step:
         config, structured = self.config, isinstance(self.model, Network)
         hyper = tentative_copy(self.model)
         remove_weights(hyper, removed, None)
-        exclude = {name: Pattern.from_index(_shapes(hyper)[name], index) for name, index in removed.items()}
         offers = None
         if structured and with_offers and (config.nodes or config.layers):
             offers = draw_offers(hyper, config, self.generator)
             offer(hyper, offers)
             exclude = moved_patterns(removed, hyper, offers)
+        else:
+            layers = dict(masked_layers(hyper))
+            exclude = {name: Pattern.from_index(layers[name].pattern.shape, index) for name, index in removed.items()}
         pool = self._pool(hyper, missing, exclude)
         conditions = Conditions(torch.full((len(pool),), -1))
         if offers is not None:
@@ -161,16 +163,10 @@ class _Step:
         if self.config.method == "rigl":
             pool = best_by_layer(hyper, self.backward, counts)
         remove_weights(self.model, removed, self.optimizer)
-        layers = dict(masked_layers(self.model))
-        if self.config.method == "set":
+        if self.config.method == "rigl":
+            grow_candidates(self.model, pool, 0.0, self.optimizer)
+        else:
+            layers = dict(masked_layers(self.model))
             for name, count in counts.items():
-                drawn = random_candidates(nn.ModuleDict({"layer": layers[name]}), count, self.generator)
-                grow_candidates(nn.ModuleDict({"layer": layers[name]}), drawn, 0.0, self.optimizer)
-            return
-        for name, (weights, _) in pool.by_layer().items():
-            best = pool.take(weights[pool.score[weights].argsort(descending=True, stable=True)[: counts[name]]])
-            grow_candidates(self.model, best, 0.0, self.optimizer)
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(layer.pattern.shape) for name, layer in masked_layers(model)}
+                alone = nn.ModuleDict({"layer": layers[name]})
+                grow_candidates(alone, random_candidates(alone, count, self.generator), 0.0, self.optimizer)

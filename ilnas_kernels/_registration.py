@@ -102,68 +102,63 @@ def _(weight, row_ptr, col, live_bits, isa=""):
     return None
 
 
-# Each backward operator returns an empty tensor for a gradient that was not asked for; autograd wants None there.
-def _asked(gradients, output_mask):
-    return tuple(g if wanted else None for g, wanted in zip(gradients, output_mask, strict=True))
+def register_gradients(name: str, suffix: str = "", behind: int = 0) -> None:
+    """Makes both operators of a layer differentiable; their gradients are the same operators again.
 
-
-def _conv_context(ctx, inputs, output):
-    x, values, bias, *ctx.operands, ctx.isa, _ = inputs
-    ctx.save_for_backward(x, values)
-
-
-def _conv_backward(ctx, grad_out):
-    x, values = ctx.saved_tensors
-    mask = list(ctx.needs_input_grad[:3])
-    gradients = _ilnas.masked_conv2d_backward(grad_out, x, values, *ctx.operands, mask, ctx.isa)
-    return *_asked(gradients, mask), *[None] * (len(ctx.operands) + 2)
-
-
-def _backward_context(ctx, inputs, output):
-    grad_out, x, values, *ctx.operands, ctx.output_mask, ctx.isa, _ = inputs
-    ctx.save_for_backward(grad_out, x, values)
-
-
-def _second_backward(forward, backward, ctx, gradients, last):
-    """The three gradients are bilinear in (grad_out, x, values), so theirs are the same operators again.
-
-    last: the operators' argument behind the operands.
+    forward(x, values, bias, *operands, last, ...), backward(grad_out, x, values, *operands, output_mask, last, ...):
+    ``last``, the instruction set or Triton's plan, is handed on; ``behind`` further arguments keep their defaults.
     """
-    grad_out, x, values = ctx.saved_tensors
-    from_x, from_values, from_bias = _asked(gradients, ctx.output_mask)
-    need_grad_out, need_x, need_values = ctx.needs_input_grad[:3]
-    grad_grad_out = grad_x = grad_values = None
-    if need_grad_out:
-        terms = []
-        if from_x is not None:
-            terms.append(forward(from_x, values, None, *ctx.operands, last))
-        if from_values is not None:
-            terms.append(forward(x, from_values, None, *ctx.operands, last))
-        if from_bias is not None:
-            terms.append(from_bias.view(1, -1, *[1] * (grad_out.dim() - 2)).expand_as(grad_out))
-        grad_grad_out = sum(terms[1:], terms[0])
-    if need_x and from_values is not None:
-        grad_x = backward(grad_out, x, from_values, *ctx.operands, [True, False, False], last)[0]
-    if need_values and from_x is not None:
-        grad_values = backward(grad_out, from_x, values, *ctx.operands, [False, True, False], last)[1]
-    return grad_grad_out, grad_x, grad_values
+    forward, backward = getattr(_ilnas, name + suffix), getattr(_ilnas, f"{name}_backward{suffix}")
+    end = -1 - behind  # where last stands
+
+    def no_gradients(ctx):
+        """For what follows the three differentiable arguments; a list of tensors wants a list."""
+        last = [None] * len(ctx.last) if isinstance(ctx.last, list) else None
+        return *[None] * len(ctx.operands), last, *[None] * behind
+
+    def first_context(ctx, inputs, output):
+        x, values, _, *ctx.operands = inputs[:end]
+        ctx.last = inputs[end]
+        ctx.save_for_backward(x, values)
+
+    def first(ctx, grad_out):
+        x, values = ctx.saved_tensors
+        mask = list(ctx.needs_input_grad[:3])
+        return *_asked(backward(grad_out, x, values, *ctx.operands, mask, ctx.last), mask), *no_gradients(ctx)
+
+    def second_context(ctx, inputs, output):
+        grad_out, x, values, *ctx.operands, ctx.output_mask = inputs[:end]
+        ctx.last = inputs[end]
+        ctx.save_for_backward(grad_out, x, values)
+
+    def second(ctx, *gradients):
+        """The three gradients are bilinear in (grad_out, x, values)."""
+        grad_out, x, values = ctx.saved_tensors
+        from_x, from_values, from_bias = _asked(gradients, ctx.output_mask)
+        need_grad_out, need_x, need_values = ctx.needs_input_grad[:3]
+        grad_grad_out = grad_x = grad_values = None
+        if need_grad_out:
+            terms = []
+            if from_x is not None:
+                terms.append(forward(from_x, values, None, *ctx.operands, ctx.last))
+            if from_values is not None:
+                terms.append(forward(x, from_values, None, *ctx.operands, ctx.last))
+            if from_bias is not None:
+                terms.append(from_bias.view(1, -1, *[1] * (grad_out.dim() - 2)).expand_as(grad_out))
+            grad_grad_out = sum(terms[1:], terms[0])
+        if need_x and from_values is not None:
+            grad_x = backward(grad_out, x, from_values, *ctx.operands, [True, False, False], ctx.last)[0]
+        if need_values and from_x is not None:
+            grad_values = backward(grad_out, from_x, values, *ctx.operands, [False, True, False], ctx.last)[1]
+        return grad_grad_out, grad_x, grad_values, None, *no_gradients(ctx)
+
+    torch.library.register_autograd(f"ilnas::{name}{suffix}", first, setup_context=first_context)
+    torch.library.register_autograd(f"ilnas::{name}_backward{suffix}", second, setup_context=second_context)
 
 
-def _conv_second_backward(ctx, *gradients):
-    found = _second_backward(_ilnas.masked_conv2d, _ilnas.masked_conv2d_backward, ctx, gradients, ctx.isa)
-    return *found, *[None] * (len(ctx.operands) + 3)
-
-
-def _linear_backward(ctx, grad_out):
-    x, values = ctx.saved_tensors
-    mask = list(ctx.needs_input_grad[:3])
-    gradients = _ilnas.masked_linear_backward(grad_out, x, values, *ctx.operands, mask, ctx.isa)
-    return *_asked(gradients, mask), *[None] * (len(ctx.operands) + 2)
-
-
-def _linear_second_backward(ctx, *gradients):
-    found = _second_backward(_ilnas.masked_linear, _ilnas.masked_linear_backward, ctx, gradients, ctx.isa)
-    return *found, *[None] * (len(ctx.operands) + 3)
+def _asked(gradients, output_mask):
+    """A backward operator returns an empty tensor for a gradient that was not asked for; autograd wants None there."""
+    return tuple(g if wanted else None for g, wanted in zip(gradients, output_mask, strict=True))
 
 
 def _gather_context(ctx, inputs, output):
@@ -183,11 +178,7 @@ def _scatter_backward(ctx, grad: Tensor):
     return _ilnas.gather_live(grad, *ctx.pattern), None, None, None, None
 
 
-torch.library.register_autograd("ilnas::masked_conv2d", _conv_backward, setup_context=_conv_context)
-torch.library.register_autograd("ilnas::masked_conv2d_backward", _conv_second_backward, setup_context=_backward_context)
-torch.library.register_autograd("ilnas::masked_linear", _linear_backward, setup_context=_conv_context)
-torch.library.register_autograd(
-    "ilnas::masked_linear_backward", _linear_second_backward, setup_context=_backward_context
-)
+register_gradients("masked_conv2d", behind=1)  # the form kept for the CUDA kernels
+register_gradients("masked_linear", behind=1)
 torch.library.register_autograd("ilnas::gather_live", _gather_backward, setup_context=_gather_context)
 torch.library.register_autograd("ilnas::scatter_live", _scatter_backward, setup_context=_scatter_context)

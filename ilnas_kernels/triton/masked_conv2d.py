@@ -13,7 +13,7 @@ from ..layout import empty_in_layout, layout_of
 from ..pattern import Pattern
 from .condensed import CondensedPlan, build_plan, condensed_size, expand, expand_numbers
 from .condensed_conv2d import gather_kernel, grad_values_kernel
-from .gradients import register_gradients
+from .gradients import register_backward
 from .launch import Config, Table, cdiv, config_for, input_precision, interpreted, precision_of, width_for
 
 # Products on tensor cores. The addresses of gathered inputs take most registers: eight warps share them.
@@ -328,4 +328,4 @@ def _(x, values, bias, row_ptr, col, t_row_ptr, t_col, t_perm, kernel_size, stri
     return empty_in_layout(x, (g.batch, g.out_channels, g.out_height, g.out_width), layout_of(x))
 
 
-register_gradients(masked_conv2d_triton, masked_conv2d_backward_triton)
+register_backward("masked_conv2d", masked_conv2d_backward_triton)

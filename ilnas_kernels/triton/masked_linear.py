@@ -12,7 +12,7 @@ from torch.library import triton_op
 
 from ..pattern import Pattern
 from . import masked_conv2d as conv2d
-from .gradients import register_gradients
+from .gradients import register_backward
 from .launch import Table, precision_of
 
 # A batch has far fewer rows than images have positions: smaller tiles, to occupy the device.
@@ -74,4 +74,4 @@ def _(x, values, bias, row_ptr, col, t_row_ptr, t_col, t_perm, plan):
     return x.new_empty(x.shape[0], row_ptr.shape[0] - 1)
 
 
-register_gradients(masked_linear_triton, masked_linear_backward_triton)
+register_backward("masked_linear", masked_linear_backward_triton)

@@ -32,6 +32,7 @@ SCALES: dict[str, Options] = {
     "sparse": COMMON | {"widths": "16,32/192,256", "budget": 8_000, "epochs": 8},
     # Half of the 60,000 images validate here: what is chosen at this scale must not hang on chance.
     "small": COMMON | {"widths": "16,32/48,64", "budget": 8_000, "epochs": 8, "validation": 0.5},
+    "long": COMMON | {"widths": "16,32/48,64", "budget": 8_000, "epochs": 48, "validation": 0.5},
 }
 RIVALS: dict[str, Options] = {
     "ILNAS": {},
@@ -60,9 +61,10 @@ ABLATIONS: dict[str, Options] = {
     "n/m 16": {"candidates": 16.0},
 }
 NAMES = {
-    "main": [*RIVALS, EQUAL_MACS],
+    "main": [*RIVALS, EQUAL_MACS, "A_lr 0.03", "A_lr 0.05", "A_lr 0.3", "no hyper-step", "kernels", "mixed"],
     "sparse": [*RIVALS, EQUAL_MACS],
     "small": [*RIVALS, EQUAL_MACS, *ABLATIONS],
+    "long": ["ILNAS", "random growth", "static random sparse", "RigL", "the paper's preset, connections only"],
 }
 
 

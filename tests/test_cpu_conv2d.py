@@ -281,19 +281,26 @@ def test_expanded_gradient():
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["full_lanes_and_more", "one_image", "stride"])
+@pytest.mark.parametrize("name", ["full_lanes_and_more", "one_image", "odd_batch", "stride", "dilation_and_stride"])
 def test_nan_in_x_reaches_what_it_reaches_in_dense(name, layout, isa):
     geometry = GEOMETRIES[name]
     pattern = geometry.pattern()
-    x, values, bias, _ = geometry.tensors(torch.float32)
-    x[0, 1, 2, 3] = torch.nan
+    x, values, bias, grad_out = geometry.tensors(torch.float32)
+    x[0, 1, 2, 3] = x[0, 0, -1, -1] = torch.nan
     touched = torch.zeros(pattern.numel)
     touched[pattern.index] = 1
     top, bottom, left, right = geometry.padding
     padded = F.pad(x.isnan().float(), (left, right, top, bottom))
-    reached = F.conv2d(padded, touched.view(pattern.shape), None, geometry.stride, 0, geometry.dilation) > 0
+    arguments = geometry.stride, 0, geometry.dilation
+    reached = F.conv2d(padded, touched.view(pattern.shape), None, *arguments) > 0
     out = forward(LAYOUTS[layout](x), values, bias, pattern, geometry, isa)
     assert torch.equal(out.isnan(), reached)
+    reached = torch.nn.grad.conv2d_weight(padded, pattern.shape, torch.ones_like(grad_out), *arguments) > 0
+    _, grad_values, grad_bias = backward(
+        LAYOUTS[layout](grad_out), LAYOUTS[layout](x), values, pattern, geometry, isa=isa
+    )
+    assert torch.equal(grad_values.isnan(), reached.view(-1)[pattern.index])
+    assert grad_bias.isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 7, 6), (2, 3, 7, 6)])

@@ -206,6 +206,20 @@ Tiling choose_tiling(const TiledConv& c, double density, int64_t threads) {
   return t;
 }
 
+// Whether the last regions reach beyond the image, and the same tiling with regions that divide it.
+inline bool overhangs(const TiledConv& c, const Tiling& t) {
+  return t.region_rows * t.rows > c.rows.positions() || t.region_cols * t.cols > c.cols.positions();
+}
+inline int64_t largest_divisor(int64_t of, int64_t most) {
+  while (of % most != 0) --most;
+  return most;
+}
+inline Tiling without_overhang(const TiledConv& c, const Tiling& t) {
+  Tiling exact = t;
+  set_region(c, largest_divisor(c.rows.positions(), t.rows), largest_divisor(c.cols.positions(), t.cols), exact);
+  return exact;
+}
+
 // The vector of a channel's panel that tap (i, k) of the region's first tile position reads.
 inline int64_t tap_slot(const TiledConv& c, const Tiling& t, int64_t i, int64_t k) {
   const int64_t lead_row = c.rows.lead(i), lead_col = c.cols.lead(k);

@@ -48,30 +48,33 @@ void correlate_unit(const TiledConv& c, const Tiling& t, const Windows& windows,
   }
 }
 
-// to[i] = the threads' shares of element i, added in the threads' order.
+// to[i] = the threads' shares of element i, added in the threads' order. Returns 0, or NaN if a sum is not finite.
 template <class S>
-void add_shares(const Sum<S>* shares, int64_t threads, int64_t pitch, int64_t begin, int64_t end, S* to) {
+Sum<S> add_shares(const Sum<S>* shares, int64_t threads, int64_t pitch, int64_t begin, int64_t end, S* to) {
+  Sum<S> zero = 0;
   for (int64_t i = begin; i < end; ++i) {
     Sum<S> sum = shares[i];
     for (int64_t thread = 1; thread < threads; ++thread) sum += shares[thread * pitch + i];
+    zero += sum * 0;
     narrow(sum, to[i]);
   }
+  return zero;
 }
 
+// Returns whether all gradients of values are finite.
 template <class S>
-void run_grad_values(const TiledConv& c, const OutputRows& rows, const int32_t* in_ptr, S* grad_values, S* grad_bias,
-                     const Parallel& parallel) {
+bool correlate(const TiledConv& c, const Tiling& t, const OutputRows& rows, const int32_t* in_ptr, S* grad_values,
+               S* grad_bias, const Parallel& parallel) {
   using A = Sum<S>;
-  const double positions = double(c.out_channels) * double(c.in_channels / c.groups) * double(c.taps());
-  const Tiling t = choose_tiling<A>(c, double(rows.nnz) / larger(1, positions), parallel.threads);
   const int64_t units = t.units(c), threads = smaller(parallel.threads, units);
   const int64_t values_pitch = Scratch::size<A>(rows.nnz) / sizeof(A);
   const int64_t bias_pitch = Scratch::size<A>(c.out_channels) / sizeof(A);
   Scratch tables(Windows::bytes(c, t) + lists_bytes<S>(c, t, rows.nnz) +
-                 threads * (values_pitch + bias_pitch) * int64_t{sizeof(A)});
+                 threads * (values_pitch + bias_pitch) * int64_t{sizeof(A)} + Scratch::size<A>(threads));
   const Windows windows = Windows::make(c, t, tables);
   const TapLists<A> lists = make_lists<S>(c, t, rows, nullptr, tables, parallel);
   A *value_shares = tables.take<A>(threads * values_pitch), *bias_shares = tables.take<A>(threads * bias_pitch);
+  A* zeros = tables.take<A>(threads);
   Scratch work(threads * Workspace<A>::bytes(c, t, windows));
   Workspace<A>* spaces = new Workspace<A>[threads];
   for (int64_t i = 0; i < threads; ++i) spaces[i] = Workspace<A>::take(c, t, windows, work);
@@ -84,12 +87,25 @@ void run_grad_values(const TiledConv& c, const OutputRows& rows, const int32_t* 
                         grad_bias ? bias_grad : nullptr);
   });
   delete[] spaces;
-  if (grad_values)
-    parallel_for(parallel, threads, [&](int64_t thread) {
-      add_shares(value_shares, threads, values_pitch, rows.nnz * thread / threads, rows.nnz * (thread + 1) / threads,
-                 grad_values);
-    });
   if (grad_bias) add_shares(bias_shares, threads, bias_pitch, 0, c.out_channels, grad_bias);
+  if (grad_values == nullptr) return true;
+  parallel_for(parallel, threads, [&](int64_t thread) {
+    zeros[thread] = add_shares(value_shares, threads, values_pitch, rows.nnz * thread / threads,
+                               rows.nnz * (thread + 1) / threads, grad_values);
+  });
+  A zero = 0;
+  for (int64_t thread = 0; thread < threads; ++thread) zero += zeros[thread];
+  return zero == 0;
+}
+
+template <class S>
+void run_grad_values(const TiledConv& c, const OutputRows& rows, const int32_t* in_ptr, S* grad_values, S* grad_bias,
+                     const Parallel& parallel) {
+  const double positions = double(c.out_channels) * double(c.in_channels / c.groups) * double(c.taps());
+  const Tiling t = choose_tiling<Sum<S>>(c, double(rows.nnz) / larger(1, positions), parallel.threads);
+  const bool finite = correlate<S>(c, t, rows, in_ptr, grad_values, grad_bias, parallel);
+  // A position beyond the image has the gradient 0, but 0 times a NaN of x is a NaN for a tap that never reads there.
+  if (!finite && overhangs(c, t)) correlate<S>(c, without_overhang(c, t), rows, in_ptr, grad_values, {}, parallel);
 }
 
 }  // namespace

@@ -20,7 +20,8 @@ import torch
 
 from benchmarks.evidence_tables import write_tables
 from benchmarks.machine import describe_machine
-from ilnas.cli import dataset_of, reuse_memory
+from ilnas.allocator import reuse_memory
+from ilnas.cli import dataset_of
 from ilnas.config import make_config
 from ilnas.trainer import Trainer
 

@@ -1,7 +1,6 @@
 """The command ``ilnas``: search, eval, plot, export, info."""
 
 import argparse
-import ctypes
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ilnas.allocator import reuse_memory
 from ilnas.checkpoint import RunError, RunFolder, network_from_state
 from ilnas.config import CHOICES, Config, make_config, options, read_toml
 from ilnas.data import Dataset, load_dataset
@@ -192,16 +192,6 @@ def dataset_of(config: Config, directory: str = "") -> Dataset:
 def set_threads(threads: int) -> None:
     if threads > 0:
         torch.set_num_threads(threads)
-
-
-def reuse_memory() -> None:
-    """Let glibc keep freed blocks of up to 32 MB: activations would else be mapped and zeroed anew at every step."""
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # another C library has none, and then this is only slower
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
-        mallopt(-1, 512 << 20)  # M_TRIM_THRESHOLD
 
 
 def _resumed(given: argparse.Namespace, chosen: dict[str, Any]):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ilnas import base
+from ilnas.allocator import release_memory
 from ilnas.checkpoint import (
     RunFolder,
     load_optimizer_state,
@@ -171,6 +172,7 @@ class Trainer:
             progress=self.schedule.progress(self.step),
         )  # fmt: skip
         self.schedule.record_expansion(self.step)
+        release_memory()
         self.training_macs += report["scoring_macs"]
         self._log(
             "expansion", step=self.step, epoch=self.step / self.batches.per_epoch, live_before=live,
@@ -251,6 +253,7 @@ def autocast(config: Config, device: str = "cpu"):
 @torch.inference_mode()
 def evaluate(model: nn.Module, part: Images, dataset: Dataset, config: Config) -> tuple[float, float]:
     """Mean cross-entropy and accuracy in eval mode."""
+    release_memory()
     model.eval()
     loss, correct = 0.0, 0
     for images, labels in Batches(part, dataset, max(config.batch_size, 256)).in_order():
@@ -258,4 +261,5 @@ def evaluate(model: nn.Module, part: Images, dataset: Dataset, config: Config) -
             logits: Tensor = model(images)
         loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
         correct += int((logits.argmax(1) == labels).sum())
+    release_memory()
     return loss / max(len(part), 1), correct / max(len(part), 1)

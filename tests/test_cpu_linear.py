@@ -113,6 +113,13 @@ def test_many_rows(isa):
     check(*make(130, 700, 2100, 0.3, torch.float32), isa)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("sizes", [(50, 4112), (4112, 50), (51, 4111)], ids=str)
+def test_outputs_beyond_the_caches(sizes, isa):
+    """Large outputs are stored past the caches where whole registers fit."""
+    check(*make(275, *sizes, 0.05, torch.float32), isa)
+
+
 def strided(t, layout):
     """The same numbers in another layout."""
     if layout == "column-major":

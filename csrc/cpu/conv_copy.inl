@@ -2,6 +2,7 @@
 #pragma once
 #include "cpu/conv_geometry.inl"
 #include "cpu/scratch.h"
+#include "cpu/stream.inl"
 #include "cpu/transpose.inl"
 
 namespace ilnas {
@@ -90,32 +91,13 @@ ILNAS_INLINE void load_block(const S* const* from, int64_t offset, int64_t activ
   transpose(v);
 }
 
-// Past the caches, where a register is a cache line: what is written once and read much later need not be fetched
-// first.
-template <class S>
-constexpr bool can_stream() {
-#if defined(ILNAS_ISA_AVX512)
-  return sizeof(S) == sizeof(Sum<S>);
-#else
-  return false;
-#endif
-}
-#if defined(ILNAS_ISA_AVX512)
-inline void stream(Vec<float> v, float* p) { _mm512_stream_ps(p, v.v); }
-inline void stream(Vec<double> v, double* p) { _mm512_stream_pd(p, v.v); }
-#endif
-inline void finish_streams() {
-#if defined(ILNAS_ISA_AVX512)
-  _mm_sfence();
-#endif
-}
 // kAdd adds to what the memory holds.
 enum class Store { kPlain, kStream, kAdd };
 
 template <Store how, class S>
 ILNAS_INLINE void store_whole(Vec<Sum<S>> v, S* p) {
-  if constexpr (how == Store::kStream && can_stream<S>())
-    stream(v, p);
+  if constexpr (how == Store::kStream)
+    store_past_caches<S>(v, p);
   else if constexpr (how == Store::kAdd)
     store_narrowed(load_widened(p) + v, p);
   else

@@ -10,6 +10,7 @@
 #pragma once
 #include "cpu/convert.inl"
 #include "cpu/kernels.h"
+#include "cpu/stream.inl"
 
 #if defined(__GNUC__)
 #define ILNAS_INLINE inline __attribute__((always_inline))
@@ -127,8 +128,6 @@ constexpr int64_t kBlockBytes = 37 << 10;   // of it, the windows of one tile
 constexpr int64_t kMaxCols = 32;
 // Live weights of an output in a block, below which loading and storing its sums costs more than first-level hits gain.
 constexpr double kMinEntries = 14;
-// An output larger than this will not wait in the caches for its reader.
-constexpr int64_t kStreamBytes = 4 << 20;
 
 // Sizes of everything, in elements of the sums unless said otherwise.
 struct Tiling {
@@ -151,7 +150,7 @@ struct Tiling {
   int64_t sums_size(const TiledConv& c) const { return c.residues() * tiles() * c.out_channels * sums_pitch(); }
   template <class S>
   bool streams_out(const TiledConv& c) const {
-    return c.batch * c.out_channels * c.rows.out * c.cols.out * int64_t{sizeof(S)} > kStreamBytes;
+    return is_large(c.batch * c.out_channels * c.rows.out * c.cols.out * int64_t{sizeof(S)});
   }
   int64_t panel_size() const { return block_channels * channel_pitch; }
 };

@@ -4,6 +4,7 @@
 #pragma once
 #include "cpu/call.h"
 #include "cpu/convert.inl"
+#include "cpu/stream.inl"
 #include "cpu/transpose.inl"
 
 namespace ilnas {
@@ -64,9 +65,10 @@ void pack_vector(const PanelMatrix& m, int64_t v, int64_t first, int64_t feature
       to[f * step + i] = i < place.count ? widen(from[f * m.feature_stride + i * m.place_stride]) : A(0);
 }
 
-// The inverse: lanes behind the last place are dropped.
+// The inverse: lanes behind the last place are dropped. large: the whole matrix, see is_large().
 template <class S>
-void unpack_vector(const Sum<S>* from, int64_t step, const PanelMatrix& m, int64_t v, int64_t first, int64_t features) {
+void unpack_vector(const Sum<S>* from, int64_t step, const PanelMatrix& m, int64_t v, int64_t first, int64_t features,
+                   bool large) {
   using A = Sum<S>;
   constexpr int lanes = Vec<A>::lanes;
   const VectorPlace place = place_of(m, v, lanes);
@@ -82,6 +84,8 @@ void unpack_vector(const Sum<S>* from, int64_t step, const PanelMatrix& m, int64
     return;
   }
   if (m.feature_stride == 1) {
+    const bool streams = large && can_stream<S>() && reinterpret_cast<uintptr_t>(to) % sizeof(Vec<A>) == 0 &&
+                         m.place_stride % lanes == 0;
     for (int64_t f = 0; f < features; f += lanes) {
       const int width = features - f < lanes ? static_cast<int>(features - f) : lanes;
       Vec<A> block[lanes];
@@ -89,10 +93,12 @@ void unpack_vector(const Sum<S>* from, int64_t step, const PanelMatrix& m, int64
       transpose(block);
       for (int i = 0; i < place.count; ++i) {
         S* row = to + i * m.place_stride + f;
-        if (width == lanes)
-          store_narrowed(block[i], row);
-        else
+        if (width < lanes)
           store_first_narrowed(block[i], row, width);
+        else if (streams)
+          store_past_caches<S>(block[i], row);
+        else
+          store_narrowed(block[i], row);
       }
     }
     return;
@@ -119,10 +125,10 @@ void pack_panel(const PanelMatrix& m, int64_t first_vector, int width, int64_t f
 }
 template <class S>
 void unpack_panel(const Sum<S>* from, const PanelMatrix& m, int64_t first_vector, int width, int64_t first,
-                  int64_t features) {
+                  int64_t features, bool large) {
   constexpr int lanes = Vec<Sum<S>>::lanes;
   for (int t = 0; t < width; ++t)
-    unpack_vector<S>(from + t * lanes, int64_t{width} * lanes, m, first_vector + t, first, features);
+    unpack_vector<S>(from + t * lanes, int64_t{width} * lanes, m, first_vector + t, first, features, large);
 }
 
 }  // namespace

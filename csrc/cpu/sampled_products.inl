@@ -61,12 +61,21 @@ void sample_rows(int width, const int32_t* col, const int32_t* begin, const int3
   sample_rows<T>(col, begin, end, rows, grad, panel, resume, sums);
 }
 
-// Features whose panel of the widest sample stays in the second-level cache, as a power of two.
+// The panel of a block of x stays in the second-level cache, and that of all rows of grad_out beside it where it fits:
+// else a few rows at a time are packed anew for every block.
 template <class A>
-int sample_block_shift(int width) {
-  int shift = 0;
-  while ((int64_t{2} << shift) * width * Vec<A>::lanes * sizeof(A) <= l2_bytes) ++shift;
-  return shift;
+ProductPlan plan_samples(const SparseRows<A>& w, int64_t vectors) {
+  constexpr int64_t vector_bytes = Vec<A>::lanes * sizeof(A), few_rows = 16;
+  ProductPlan plan{widest_sample, 0, 1, w.rows};
+  const auto fits = [&](int64_t features) { return features * plan.width * vector_bytes <= l2_bytes; };
+  // Half as wide, twice as many sums are turned over, but grad_out is packed once.
+  if (!fits(w.rows) && !fits(w.features)) plan.width /= 2;
+  if (vectors < plan.width) plan.width = static_cast<int>(vectors);
+  if (!fits(w.rows)) plan.rows_at_once = few_rows;
+  while (fits(int64_t{2} << plan.block_shift)) ++plan.block_shift;
+  if (!fits(w.features)) --plan.block_shift;
+  plan.blocks = (w.features + (int64_t{1} << plan.block_shift) - 1) >> plan.block_shift;
+  return plan;
 }
 
 // Adds the products of panels [first_panel, last_panel) and rows [first_row, last_row) into sums[nnz].
@@ -84,7 +93,8 @@ void sample_panels(const SparseRows<Sum<S>>& w, const PanelMatrix& grad_out, con
       pack_panel<S>(x, panels.first(p), width, feature, left < block_features ? left : block_features, x_panel);
       for (int64_t row = first_row, rows; row < last_row; row += rows) {
         rows = last_row - row < plan.rows_at_once ? last_row - row : plan.rows_at_once;
-        pack_panel<S>(grad_out, panels.first(p), width, row, rows, grad_panel);
+        if (block == 0 || rows < last_row - first_row)
+          pack_panel<S>(grad_out, panels.first(p), width, row, rows, grad_panel);
         const int32_t* begin = (plan.blocks > 1 ? splits + block * w.rows : w.row_ptr) + row;
         const int32_t* end = (plan.blocks > 1 ? begin + w.rows : begin + 1);
         sample_rows(width, w.col, begin, end, rows, grad_panel, x_panel - feature * width * lanes, p > first_panel,
@@ -102,13 +112,12 @@ void sampled_products(const SparseRows<Sum<S>>& w, const PanelMatrix& grad_out, 
   constexpr int lanes = Vec<A>::lanes;
   const int64_t first_entry = w.row_ptr[0], nnz = w.nnz(), threads = parallel.threads;
   if (nnz == 0) return;
-  const PanelSplit panels = PanelSplit::of(x.vectors(lanes), widest_sample);
+  const ProductPlan plan = plan_samples(w, x.vectors(lanes));
+  const PanelSplit panels = PanelSplit::of(x.vectors(lanes), plan.width);
   // Threads share out the panels, each with sums of its own, where that divides evenly; else the rows.
   const bool by_panel = panels.panels % threads == 0 || panels.panels >= 4 * threads;
   const int64_t copies = by_panel ? threads : 1;
-  const int width = static_cast<int>(panels.vectors < widest_sample ? panels.vectors : widest_sample);
-  ProductPlan plan{width, sample_block_shift<A>(width), 1, 16};
-  plan.blocks = (w.features + (int64_t{1} << plan.block_shift) - 1) >> plan.block_shift;
+  const int width = plan.width;
   const int64_t block_features = int64_t{1} << plan.block_shift;
   const int64_t held_features = block_features < w.features ? block_features : w.features;
   const int64_t splits_size = plan.blocks > 1 ? (plan.blocks + 1) * w.rows : 0;

@@ -175,6 +175,7 @@ void sparse_times_panels(const SparseRows<Sum<S>>& w, const PanelMatrix& x, cons
   A* panel_memory = scratch.take<A>(Scratch::size<A>(panel_size) / sizeof(A) * parallel.threads);
   A* sums_memory = scratch.take<A>(Scratch::size<A>(sums_size) / sizeof(A) * parallel.threads);
   if (plan.blocks > 1) split_rows_at_blocks(w, plan, splits, parallel);
+  const bool large = is_large(w.rows * out.images * out.plane * int64_t{sizeof(S)});
 
   parallel_for(parallel, parallel.threads, [&](int64_t thread) {
     A* panel = panel_memory + thread * (Scratch::size<A>(panel_size) / sizeof(A));
@@ -196,9 +197,10 @@ void sparse_times_panels(const SparseRows<Sum<S>>& w, const PanelMatrix& x, cons
           multiply_rows(width, w, begin, end, rows, panel - feature * width * lanes, block > 0,
                         bias ? bias + row : nullptr, sums);
         }
-        unpack_panel<S>(sums, out, first_vector, width, row, rows);
+        unpack_panel<S>(sums, out, first_vector, width, row, rows, large);
       }
     }
+    finish_streams();
   });
 }
 

@@ -5,11 +5,15 @@ against the goals, NAME.svg and NAME.png with the chart.
 """
 
 import argparse
+import os
 import re
 import sys
 import time
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+
+from ilnas_kernels import instruction_set
 
 from . import (
     bench_absent_topk,
@@ -17,6 +21,7 @@ from . import (
     bench_masked_conv2d,
     bench_masked_linear,
     bench_search_network,
+    bench_sparseprop,
     bench_thread_scaling,
     bench_training_step,
     chart,
@@ -33,6 +38,7 @@ MODULES = (
     bench_masked_conv2d,
     bench_masked_linear,
     bench_absent_topk,
+    bench_sparseprop,
     bench_thread_scaling,
     bench_training_step,
     bench_search_network,
@@ -49,6 +55,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     parser.add_argument(
         "--only", type=re.compile, default="", metavar="REGEX", help="measure only cases so named (and 'memory')"
+    )
+    parser.add_argument(
+        "--instruction-set", choices=("avx512", "avx2"), default="", help="let oneDNN, MKL and ours go no further"
     )
     parser.add_argument("--quick", action="store_true", help="the largest thread count and four densities")
     parser.add_argument("--resume", action="store_true", help="keep what this machine's file holds, measure the rest")
@@ -93,9 +102,20 @@ def main(arguments: list[str] | None = None) -> None:
     if options.render:
         write(Results.load(options.render), options.render.with_suffix(""))
         return
-    stem = options.output / file_stem(describe_machine())
-    write(measure(options, stem.with_suffix(".json")), stem)
+    with limited_to(options.instruction_set):
+        stem = options.output / file_stem(describe_machine())
+        write(measure(options, stem.with_suffix(".json")), stem)
     print(stem.with_suffix(".md"))
+
+
+def limited_to(name: str) -> AbstractContextManager:
+    """The process as it would be on a processor with this instruction set; "" for the one at hand."""
+    if not name:
+        return nullcontext()
+    # Read when the libraries compute for the first time.
+    os.environ["ONEDNN_MAX_CPU_ISA"] = {"avx512": "AVX512_CORE", "avx2": "AVX2"}[name]
+    os.environ["MKL_ENABLE_INSTRUCTIONS"] = name.upper()
+    return instruction_set(name)
 
 
 if __name__ == "__main__":

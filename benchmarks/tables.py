@@ -4,15 +4,17 @@ from collections.abc import Iterable
 from statistics import median
 
 from . import goals
+from .bench_sparseprop import RIVALS as SPARSEPROP
 from .cases import DENSITIES, SPARSE_DENSITIES
 from .memory import DENSITY, LARGE
 from .results import Measurement, Results
 
-LIKE = {  # our layer in a layout against torch's in the same, where the dense route may be taken
-    "ours_nchw": ("dense_nchw",),
-    "ours_channels_last": ("dense_channels_last",),
-    "ours": ("dense_mkl", "dense_onednn"),
-}
+LIKE = (  # our layer in a layout against torch's in the same, where the dense route may be taken
+    ("", "ours_nchw", "dense_nchw"),
+    ("", "ours_channels_last", "dense_channels_last"),
+    (", against nn.Linear", "ours", "dense_mkl"),
+    (", against oneDNN", "ours", "dense_onednn"),
+)
 
 
 def render(results: Results) -> str:
@@ -33,6 +35,8 @@ def render(results: Results) -> str:
         parts.append(f"## Speed-up over dense torch, {count} thread{'s' if count > 1 else ''}\n")
         parts.append("Measured / goal; **bold** where the goal is reached.\n")
         parts.append(table(["", *map(_sparsity, SPARSE_DENSITIES)], goal_rows(results, count)))
+    parts += ["## Against SparseProp\n", sparseprop_text(), table(["", "threads", *map(_sparsity, SPARSE_DENSITIES)],
+              sparseprop_rows(results))]  # fmt: skip
     parts += ["## Never slower than dense\n", never_slower_text(), table(["", "density", "threads", "worst ratio",
               "at"], never_slower_rows(results))]  # fmt: skip
     parts += ["## absent_topk, k = 1 %\n", topk_text(), table(["", "threads", "density", "over the gradient alone",
@@ -73,30 +77,43 @@ def goal_rows(results: Results, threads: int) -> Iterable[list[str]]:
             yield ["&nbsp; the same, batch-last", *map(_figure, batch_last)]
 
 
+def sparseprop_text() -> str:
+    return (
+        "The time of the faster of SparseProp's two ways over ours, NCHW in and out; measured where its package is "
+        "installed.\n"
+    )
+
+
+def sparseprop_rows(results: Results) -> Iterable[list[str]]:
+    ops = dict.fromkeys(m.op for m in results.measurements.values() if m.op.startswith("sparseprop"))
+    for op in ops:
+        for threads in (1, 2):
+            ratios = [results.speedup(op, d, threads, ("ours_nchw",), SPARSEPROP) for d in SPARSE_DENSITIES]
+            if any(ratios):
+                goal = goals.SPARSEPROP[op.split()[-1]]
+                yield [op.removeprefix("sparseprop "), str(threads), *map(_against, ratios, goal)]
+
+
 def never_slower_text() -> str:
     return (
         f"Goal: at least {goals.NEVER_SLOWER_THAN}. Here each layout of ours is compared with torch in the same "
-        "layout; linear with the faster of MKL and oneDNN. The layer keeps its weight dense, as it does by default. "
-        "The worst shape and layout:\n"
+        "layout, and linear with nn.Linear, which calls MKL, and with oneDNN's linear. The layer keeps its weight "
+        "dense, as it does by default; with all weights live it is plain torch. The worst shape and layout:\n"
     )
 
 
 def never_slower_rows(results: Results) -> Iterable[list[str]]:
-    ops = dict.fromkeys(goal.op for goal in goals.SPARSE)
-    for op in ops:
+    for op in dict.fromkeys(goal.op for goal in goals.SPARSE):
         for density in (d for d in DENSITIES if d not in SPARSE_DENSITIES):
             for threads in (1, 2):
-                worst = min(
-                    (
-                        (m.speedup((name,), baselines), f"{m.shape} {name}")
-                        for m in results.select(op, density, threads)
-                        for name, baselines in LIKE.items()
-                        if name in m.seconds
-                    ),
-                    default=None,
-                )
-                if worst:
-                    yield [op, f"{density:g}", str(threads), _bold(worst[0], goals.NEVER_SLOWER_THAN), worst[1]]
+                worst: dict[str, tuple[float, str]] = {}
+                for m in results.select(op, density, threads):
+                    for against, name, baseline in LIKE:
+                        if name in m.seconds:
+                            found = m.speedup((name,), (baseline,)), f"{m.shape} {name}"
+                            worst[against] = min(worst.get(against, found), found)
+                for against, (ratio, where) in worst.items():
+                    yield [op + against, f"{density:g}", str(threads), _bold(ratio, goals.NEVER_SLOWER_THAN), where]
 
 
 def topk_text() -> str:

@@ -5,6 +5,7 @@ weight gradient, ours that of the live weights. Outside the sparse range our lay
 default, and may take the dense route.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
@@ -33,19 +34,24 @@ SHAPES = (
 
 
 def cases() -> list[Case]:
+    return cases_of("", NAMES, build, DENSITIES)
+
+
+def cases_of(prefix: str, names: tuple[str, ...], build: Callable[..., Contenders], densities: Sequence[float]):
+    """Every shape, direction, number of threads and density of convolutions done in the named ways."""
     return [
         Case(
-            op=f"conv{kernel}x{kernel} {direction}",
+            op=f"{prefix}conv{kernel}x{kernel} {direction}",
             shape=f"{batch}x{in_channels}->{out_channels} {size}x{size}",
             density=density,
             threads=count,
-            names=NAMES,
+            names=names,
             build=partial(build, direction, batch, in_channels, out_channels, size, kernel, density),
         )
         for batch, in_channels, out_channels, size, kernel in SHAPES
         for direction in ("forward", "backward")
         for count in THREADS
-        for density in DENSITIES
+        for density in densities
     ]
 
 

@@ -5,7 +5,6 @@ SparseProp vectorises over the batch or over the width of the image; both ways a
 first leaves its output batch-last. Its library switches the process to flush-to-zero when it is loaded.
 """
 
-from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -13,8 +12,8 @@ import torch
 from torch import nn
 
 from . import bench_masked_conv2d
-from .bench_masked_conv2d import SHAPES, backward, forward
-from .cases import SPARSE_DENSITIES, THREADS, Case, Contenders, groups, label
+from .bench_masked_conv2d import backward, forward
+from .cases import SPARSE_DENSITIES, Case, Contenders, groups, label
 
 RIVALS = ("sparseprop_over_batch", "sparseprop_over_width")
 NAMES = ("dense_nchw", *RIVALS, "ours_nchw")
@@ -23,20 +22,7 @@ NAMES = ("dense_nchw", *RIVALS, "ours_nchw")
 def cases() -> list[Case]:
     if find_spec("sparseprop") is None:
         return []
-    return [
-        Case(
-            op=f"sparseprop conv{kernel}x{kernel} {direction}",
-            shape=f"{batch}x{in_channels}->{out_channels} {size}x{size}",
-            density=density,
-            threads=count,
-            names=NAMES,
-            build=partial(build, direction, batch, in_channels, out_channels, size, kernel, density),
-        )
-        for batch, in_channels, out_channels, size, kernel in SHAPES
-        for direction in ("forward", "backward")
-        for count in THREADS
-        for density in SPARSE_DENSITIES
-    ]
+    return bench_masked_conv2d.cases_of("sparseprop ", NAMES, build, SPARSE_DENSITIES)
 
 
 def build(

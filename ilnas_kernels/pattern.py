@@ -103,10 +103,18 @@ class Pattern:
         out_per_group = max(rows // self.groups, 1)
         row, col = self._row, self.col.long()
         taps = max(self.taps, 1)
-        channel = row // out_per_group * in_per_group + col // taps
-        t_col = row % out_per_group * taps + col % taps
-        order = torch.argsort(channel * (out_per_group * taps) + t_col)
-        return self.row_ptr, self.col, _pointers(channel, self.in_channels), t_col[order].int(), order.int()
+        channel = col // taps
+        entry = row * taps + col - channel * taps
+        if self.groups > 1:
+            group = row // out_per_group
+            channel += group * in_per_group
+            entry -= group * (out_per_group * taps)
+        # The entries of a channel are in order already; numbers of fewer bytes are sorted in fewer passes.
+        short = torch.int16 if self.in_channels < 2**15 else torch.int32
+        order = channel.to(short).argsort(stable=True)
+        t_row_ptr = torch.zeros(self.in_channels + 1, dtype=torch.int32, device=self.device)
+        t_row_ptr[1:] = channel.bincount(minlength=self.in_channels).cumsum(0)
+        return self.row_ptr, self.col, t_row_ptr, entry.index_select(0, order).int(), order.int()
 
     @property
     def t_row_ptr(self) -> Tensor:
@@ -200,14 +208,10 @@ class Pattern:
 
 def rows_of(index: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
     """(row_ptr, col), int32, of ascending flat positions in a matrix."""
-    return _pointers(index // max(cols, 1), rows), (index % max(cols, 1)).int()
-
-
-def _pointers(row: Tensor, rows: int) -> Tensor:
-    """Where each row starts among entries sorted by row, int32 [rows + 1]."""
-    pointers = torch.zeros(rows + 1, dtype=torch.int32, device=row.device)
-    pointers[1:] = torch.bincount(row, minlength=rows)[:rows].cumsum(0)
-    return pointers
+    starts = torch.arange(rows + 1, device=index.device) * cols
+    row_ptr = torch.searchsorted(index, starts, out_int32=True)
+    before = starts[:-1].repeat_interleave(row_ptr.diff(), output_size=index.numel())
+    return row_ptr, (index - before).int()
 
 
 def pack_bits(pattern: Pattern) -> Tensor:

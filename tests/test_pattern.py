@@ -42,6 +42,15 @@ def test_both_forms_name_the_live_positions(shape, groups):
     assert pattern.t_row_ptr[-1] == pattern.nnz == mask.sum()
 
 
+@pytest.mark.parametrize("channels", (2**15 - 1, 2**15, 70_000))
+def test_more_channels_than_short_numbers_count(channels):
+    pattern = Pattern.random((3, channels), 0.1, generator=torch.Generator().manual_seed(0))
+    channel, row = pattern.mask.t().nonzero().unbind(1)
+    assert torch.equal(pattern.t_col.long(), row)
+    assert torch.equal(pattern.index[pattern.t_perm], row * channels + channel)
+    assert torch.equal(pattern.t_row_ptr.diff().long(), channel.bincount(minlength=channels))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_constructors_agree(shape):
     mask = random_mask(shape)

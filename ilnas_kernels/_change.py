@@ -1,10 +1,11 @@
 """Growing and pruning single weights, with the optimiser's state carried along."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ._layer import MaskedLayer, move_values
+from ._layer import MaskedLayer
 from .pattern import Pattern
 
 
@@ -62,17 +63,20 @@ class _Change:
         old = self._layer.pattern
         index = self._checked("index", index, old.numel)
         held = old.index
-        self._check_state("index", index, _member(index, held), live)
-        if live:
-            joined = torch.cat([held, index])
-        else:
-            keep = ~_member(held, index.sort().values)
-            joined = held[keep]
-        new = Pattern(old.shape, joined.sort().values, old.groups)
+        # The positions were each given once, so what stands here twice is one of them that is live already.
+        ordered, order = torch.cat([held, index]).sort(stable=True)
+        twice = ordered[1:] == ordered[:-1]
+        if int(twice.sum()) != (0 if live else index.numel()):
+            self._check_state("index", index, torch.isin(index, held), live)
+        if not live:
+            lone = F.pad(~twice, (0, 1), value=True) & F.pad(~twice, (1, 0), value=True)
+            kept = lone.nonzero().view(-1)
+            ordered, order = ordered.index_select(0, kept), order.index_select(0, kept)
+        new = Pattern(old.shape, ordered, old.groups)
         name = "values" if self._layer.packed else "weight"
         parameter = self._held_parameter(name)
         value = self._checked_value("value", value, index, parameter) if live else None
-        self._steps.append(lambda: self._change_weights(parameter, old, new, index, value))
+        self._steps.append(lambda: self._change_weights(parameter, new, order, index, value))
 
     def biases(self, index: Tensor | None, live: bool, value: float | Tensor = 0.0) -> None:
         if index is None or index.numel() == 0:
@@ -94,19 +98,24 @@ class _Change:
         for step in self._steps:
             step()
 
-    def _change_weights(self, parameter, old, new, index, value) -> None:
+    def _change_weights(self, parameter, new, order, index, value) -> None:
+        """order: where the new live weights come from, among the old ones and behind them the added ones."""
         layer = self._layer
         if not layer.packed:
             layer.set_mask(new)
             self._reset(parameter, index, value)
             return
-        moved = move_values(parameter, old, new)
-        place = torch.searchsorted(new.index, index) if value is not None else None
-        if value is not None:
-            moved[place] = value
-        grad = None if parameter.grad is None else move_values(parameter.grad, old, new)
-        states = {key: move_values(state, old, new) for key, state in self._states(parameter)}
-        layer.set_packed_(new, moved)
+
+        def moved(packed: Tensor, added: Tensor | None) -> Tensor:
+            if added is not None:
+                packed = torch.cat([packed, added.to(packed.dtype).expand(index.shape)])
+            return packed.index_select(0, order.to(packed.device))
+
+        zero = None if value is None else torch.zeros_like(value)
+        values = moved(parameter, value)
+        grad = None if parameter.grad is None else moved(parameter.grad, zero)
+        states = {key: moved(state, zero) for key, state in self._states(parameter)}
+        layer.set_packed_(new, values)
         parameter.grad = grad
         if states:
             self._optimizer.state[parameter].update(states)
@@ -143,11 +152,11 @@ class _Change:
             kind = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else type(index)
             raise TypeError(f"{self._op}: {name} must be an integer tensor of one dimension, got {kind}")
         index = index.to(self._layer.pattern.device, torch.int64).contiguous()
-        least, most = int(index.min()), int(index.max())
+        ordered = index.sort().values
+        least, most = int(ordered[0]), int(ordered[-1])
         if least < 0 or most >= numel:
             worst = least if least < 0 else most
             raise ValueError(f"{self._op}: {name} must lie in [0, {numel}), got {worst}")
-        ordered = index.sort().values
         if (twice := ordered[1:][ordered[1:] == ordered[:-1]]).numel():
             raise ValueError(f"{self._op}: {name} holds {int(twice[0])} more than once")
         return index
@@ -165,14 +174,6 @@ class _Change:
                 f"{self._op}: {name} must be one number or one per index, [{index.numel()}], got {tuple(value.shape)}"
             )
         return value.detach()
-
-
-def _member(positions: Tensor, ascending: Tensor) -> Tensor:
-    """Which of the positions stand in the ascending list."""
-    if ascending.numel() == 0:
-        return torch.zeros_like(positions, dtype=torch.bool)
-    place = torch.searchsorted(ascending, positions).clamp_(max=ascending.numel() - 1)
-    return ascending[place] == positions
 
 
 def _flat_set_(tensor: Tensor, index: Tensor, value: float | Tensor) -> None:

@@ -187,7 +187,7 @@ def _blocked(op: str, pattern: Pattern, exclude: Tensor | Pattern) -> tuple[Tens
     check_mask_type(op, "exclude", exclude)
     check_same_shape(op, "exclude", exclude, pattern.shape)
     excluded = exclude.index if isinstance(exclude, Pattern) else exclude.reshape(-1).nonzero().reshape(-1)
-    index = torch.cat([pattern.index, excluded.to(pattern.device)]).unique()
+    index = torch.cat([pattern.index, excluded.to(pattern.device)]).sort().values.unique_consecutive()
     return rows_of(index, pattern.shape[0], pattern.numel // max(pattern.shape[0], 1))
 
 

@@ -171,12 +171,11 @@ class AbsentTopK:
 
 
 class _Best:
-    """The k best of everything offered so far, in the order in which it was offered."""
+    """The k best of everything offered so far, ties to what was offered first."""
 
     def __init__(self, k: int) -> None:
         self._k = k
-        self._sources: list = []
-        self._held: tuple[Tensor, ...] = ()  # score, number of the source, index, gradient
+        self._held: list[tuple] = []  # (source, -score, index, gradient), each by rising -score
         self._least = 0.0  # the k-th score
 
     def floor(self, scale: float) -> float:
@@ -186,26 +185,30 @@ class _Best:
     def offer(self, source, index: Tensor, grad: Tensor, scale: float) -> None:
         """index, grad: by falling |grad|."""
         index, grad = index.cpu(), grad.cpu()
-        new = (grad.abs() * scale, torch.full_like(index, len(self._sources)), index, grad)
-        self._sources.append(source)
-        self._held = tuple(map(torch.cat, zip(self._held, new, strict=True))) if self._held else new
-        score = self._held[0]
-        if score.numel() >= self._k:
-            least = score.kthvalue(score.numel() - self._k + 1).values
-            keep = score > least
-            ties = (score == least).nonzero().view(-1)
-            keep[ties[: self._k - int(keep.sum())]] = True
-            self._held = tuple(column[keep] for column in self._held)
-            self._least = float(least)
-
-    def groups(self):
-        if not self._held:
+        self._held.append((source, grad.abs() * -scale, index, grad))
+        keys = torch.cat([key for _, key, *_ in self._held])
+        if keys.numel() < self._k:
             return
-        _, number, index, grad = self._held
-        counts = number.bincount(minlength=len(self._sources)).tolist()
-        for source, *found in zip(self._sources, index.split(counts), grad.split(counts), strict=True):
-            if found[0].numel():
-                yield source, Candidates(*found)
+        last = keys.kthvalue(self._k).values
+        self._least = -float(last)
+        # What a source keeps is a beginning of what it holds, since that is sorted.
+        better = [int(torch.searchsorted(key, last)) for _, key, *_ in self._held]
+        room = self._k - sum(better)
+        for i, ((held, *columns), count) in enumerate(zip(self._held, better, strict=True)):
+            ties = min(int(torch.searchsorted(columns[0], last, right=True)) - count, room)
+            room -= ties
+            self._held[i] = (held, *(_beginning(column, count + ties) for column in columns))
+
+    def groups(self) -> Iterator[tuple[tuple[str, str], Candidates]]:
+        for source, _, index, grad in self._held:
+            if index.numel():
+                yield source, Candidates(index, grad)
+
+
+def _beginning(column: Tensor, count: int) -> Tensor:
+    """The first entries of a vector, as a copy where that frees more than it takes."""
+    freed = column.untyped_storage().nbytes() - count * column.itemsize
+    return column[:count].clone() if freed > count * column.itemsize else column[:count]
 
 
 def _one_pair(layer: MaskedLayer, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -224,6 +224,29 @@ def test_a_linear_layer_used_twice():
     torch.testing.assert_close(grad.double(), wanted[index], rtol=1e-5, atol=1e-6)
 
 
+class Sum(nn.Module):
+    """Layers side by side: with inputs of 1 every gradient of the summed output is the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = MaskedLinear(5, 4, density=0.5), MaskedLinear(5, 4, density=0.25)
+        self.first.set_bias_mask(torch.tensor([True, False, True, False]))
+
+    def forward(self, x):
+        return self.second(x) + self.first(x)
+
+
+@pytest.mark.parametrize("k", (1, 9, 10, 11, 12, 13, 20, 27, 40))
+def test_ties_go_to_the_earlier_layer_then_to_the_lower_position(k):
+    model = Sum()
+    with AbsentTopK(model, k) as search:
+        model(torch.ones(3, 5)).sum().backward()
+    weights = {name: absent(layer).tolist() for name, layer in (("first", model.first), ("second", model.second))}
+    wanted = [(name, False, i) for name in ("first",) for i in weights[name]] + [("first", True, 1), ("first", True, 3)]
+    wanted += [("second", False, i) for i in weights["second"]]
+    assert found(search.result) == set(wanted[:k])
+
+
 def test_kernels_as_candidates(batches):
     model = masked_network()
     with AbsentTopK(model, 9, granularity="kernel", biases=False) as search:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ilnas.granularity import Pool, best_layers, pool_of_kernels, pool_of_weights
+from ilnas.selection import smallest
 from ilnas.template import masked_layers
 from ilnas_kernels import AbsentTopK, Pattern, grow_, prune_
 
@@ -172,7 +173,7 @@ def smallest_weights(model: nn.Module, count: int, *, by_layer: bool = False) ->
             name: layer.pattern.index[magnitudes(layer).argsort(stable=True)[: int(share * layer.nnz)]]
             for name, layer in layers
         }
-    order = torch.cat([magnitudes(layer) for _, layer in layers]).argsort(stable=True)[:count].sort().values
+    order = smallest(torch.cat([magnitudes(layer) for _, layer in layers]), count)
     chosen, start = {}, 0
     for (name, layer), size in zip(layers, nnz, strict=True):
         inside = order[(order >= start) & (order < start + size)] - start
@@ -213,8 +214,11 @@ def gradients_at(model: nn.Module, pool: Pool) -> Tensor:
     found = torch.zeros(len(pool))
     for name, (weights, biases) in pool.by_layer().items():
         layer = layers[name]
-        grad = weight_gradient(layer)
-        found[weights] = grad[torch.searchsorted(layer.pattern.index, pool.index[weights])].float()
+        live = layer.pattern.index
+        # A candidate's position stands twice among both, first where it is live: the sort is stable.
+        ordered, order = torch.cat([live, pool.index[weights]]).sort(stable=True)
+        place = (ordered[1:] == ordered[:-1]).nonzero().view(-1)
+        found[weights[order[place + 1] - len(live)]] = weight_gradient(layer)[order[place]].float()
         if len(biases):
             found[biases] = layer.bias.grad[pool.index[biases]].float()
     return found

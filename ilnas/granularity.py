@@ -36,9 +36,10 @@ class Pool:
         """Positions in this pool of each layer's weight candidates and bias candidates."""
         found = {}
         for number, name in enumerate(self.names):
-            here = self.layer == number
-            if here.any():
-                found[name] = ((here & ~self.is_bias).nonzero().flatten(), (here & self.is_bias).nonzero().flatten())
+            here = (self.layer == number).nonzero().flatten()
+            if len(here):
+                is_bias = self.is_bias[here]
+                found[name] = here[~is_bias], here[is_bias]
         return found
 
 
@@ -109,9 +110,16 @@ def best_layers(pool: Pool, members: int, count: int) -> Pool:
 
 def group_scores(pool: Pool) -> tuple[Tensor, Tensor, Tensor]:
     """(group numbers, members of each, root mean square of the members' scores): comparable per parameter."""
+    if are_single(pool):
+        return pool.group, torch.ones_like(pool.group), pool.score.double()
     groups, place, sizes = pool.group.unique(return_inverse=True, return_counts=True)
     squares = torch.zeros(len(groups), dtype=torch.float64).index_add_(0, place, pool.score.double().square())
     return groups, sizes, (squares / sizes).sqrt()
+
+
+def are_single(pool: Pool) -> bool:
+    """Whether each candidate is a group of its own, in rising order."""
+    return bool((pool.group.diff() > 0).all())
 
 
 def _pool(names: list[str], rows: list[tuple[int, bool, Tensor, Tensor]]) -> Pool:

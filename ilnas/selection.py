@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ilnas.granularity import Pool, group_scores
+from ilnas.granularity import Pool, are_single, group_scores
 
 
 @dataclass
@@ -36,10 +36,9 @@ def choose(
     if selection == "sampled":
         uniform = torch.rand(len(scores), dtype=torch.float64, generator=generator)
         keys = 2 * scores.log() - (-uniform.clamp_min(1e-300).log()).log()
+    if not conditions.cost and are_single(pool):
+        return smallest(-keys, budget), set()
     order = keys.argsort(descending=True, stable=True)
-    if not conditions.cost and bool((sizes == 1).all()):
-        in_group_order = pool.group.argsort(stable=True)
-        return in_group_order[order[:budget]], set()
     members = pool.group.argsort(stable=True)
     starts = sizes.cumsum(0) - sizes
     needs, counts = conditions.needs[members[starts]].tolist(), sizes.tolist()
@@ -65,3 +64,20 @@ def choose(
     first, last = starts[taken], starts[taken] + sizes[taken]
     places = torch.arange(int(sizes[taken].sum())) + (last - sizes[taken].cumsum(0)).repeat_interleave(last - first)
     return torch.cat([members[places], rest]), paid
+
+
+def smallest(values: Tensor, count: int) -> Tensor:
+    """Positions, rising, of the ``count`` smallest values (all, where there are fewer), ties to the first of them.
+
+    NaN counts as infinite. To sort all values takes many times as long.
+    """
+    if count >= len(values):
+        return torch.arange(len(values))
+    if count <= 0:
+        return torch.empty(0, dtype=torch.int64)
+    values = values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    last = values.kthvalue(count).values
+    chosen = values < last
+    ties = (values == last).nonzero().flatten()
+    chosen[ties[: count - int(chosen.sum())]] = True
+    return chosen.nonzero().flatten()

@@ -20,7 +20,7 @@ from ilnas.expansion import (
     tentative_copy,
 )
 from ilnas.granularity import group_scores
-from ilnas.selection import Conditions, choose
+from ilnas.selection import Conditions, choose, smallest
 from ilnas.template import live_parameters, masked_layers
 from ilnas_kernels import convert, use_route
 
@@ -224,6 +224,18 @@ def test_choose_walks_groups_and_pays_for_conditions():
     chosen, _ = choose(pool, none, 5, "top", torch.Generator())
     assert chosen.tolist() == [0, 1, 2, 3, 4]  # the second group gives its two best
     assert choose(pool.take(torch.arange(0)), none, 5, "top", torch.Generator())[0].numel() == 0
+
+
+def test_the_smallest_are_those_of_a_stable_sort():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(7, (101,), generator=generator).float()
+    values[::10], values[5] = torch.inf, -torch.inf
+    for count in (-1, 0, 1, 13, 50, 95, 100, 101, 150):
+        expected = values.argsort(stable=True)[: max(count, 0)].sort().values
+        assert torch.equal(smallest(values, count), expected)
+    values[3] = torch.nan
+    assert smallest(values, 89).tolist() == [i for i in range(101) if values[i] < torch.inf]
+    assert smallest(values, 100).tolist() == list(range(100))
 
 
 def test_sampling_is_in_proportion_to_the_squared_score():

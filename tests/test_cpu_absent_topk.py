@@ -168,6 +168,28 @@ def test_layouts(case, layout, dtype, isa):
     check(case, strided(x, layout), strided(grad_out, layout), 50, isa, by_kernel=True)
 
 
+# Chunks that end within an image, many images to a chunk, few and many of a cache line's, too large to turn over.
+BATCH_LAST = [
+    Case(37, 5, (7, 7), 20, (3, 3), pad=1), Case(150, 3, (2, 2), 4, (3, 3), pad=1), Case(19, 4, (9, 1), 5, (3, 1)),
+    Case(33, 6, (5, 6), 40, (1, 1), groups=2), Case(17, 3, (11, 11), 6, (3, 3), stride=2, dilation=2),
+    Case(18, 30, (70, 70), 48, (3, 3), pad=1, blocked=0.9), Case(3, 2, (150, 130), 97, (3, 3)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", BATCH_LAST, ids=str)
+def test_batch_last_gives_the_same_bits(case, dtype, isa):
+    """How a batch is laid out does not change the order of the sums."""
+    x, grad_out = case.inputs(dtype, integer=False)
+    index, grad, _ = case.run(x, grad_out, 200, isa)
+    for layouts in (("batch_last", "batch_last"), ("batch_last", None), (None, "batch_last")):
+        pair = [strided(side, layout) if layout else side for side, layout in zip((x, grad_out), layouts, strict=True)]
+        same_index, same_grad, _ = case.run(*pair, 200, isa)
+        assert torch.equal(index, same_index)
+        assert torch.equal(grad, same_grad)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("k", [100, 30000])
 def test_threshold_rises_many_times(k, isa):

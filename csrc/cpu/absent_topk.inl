@@ -99,8 +99,8 @@ inline const float* as_floats(const double* sums, int64_t count, float* floats) 
 }
 
 // Every absent weight of a tile is a candidate.
-template <class A>
-void offer_weights(const TilePlan& t, const PatternView& blocked, const Tile& tile, const TileMemory<A>& memory,
+template <class S>
+void offer_weights(const TilePlan& t, const PatternView& blocked, const Tile& tile, const TileMemory<S>& memory,
                    float* floats, uint16_t* marks, Candidates* candidates) {
   const int64_t columns = tile.channels * t.taps, width = marks_of(tile.outputs);
   for (int64_t i = 0; i < columns * width; ++i) marks[i] = 0;
@@ -114,8 +114,8 @@ void offer_weights(const TilePlan& t, const PatternView& blocked, const Tile& ti
 }
 
 // Every kernel with an absent tap is a candidate, scored by the root mean square over its absent taps.
-template <class A>
-void offer_kernels(const TilePlan& t, const PatternView& blocked, const Tile& tile, const TileMemory<A>& memory,
+template <class S>
+void offer_kernels(const TilePlan& t, const PatternView& blocked, const Tile& tile, const TileMemory<S>& memory,
                    float* scores, int32_t* taken, uint16_t* marks, Candidates* candidates) {
   for (int64_t i = 0; i < tile.channels * memory.step; ++i) taken[i] = 0;
   for_each_blocked(t, blocked, tile, [&](int64_t o, int64_t column) {
@@ -167,7 +167,8 @@ uint64_t guess_threshold(const Conv2dShape& s, const PatternView& blocked, const
   const int64_t output_spread = s.out_channels / sample_outputs, channel_spread = s.in_channels / channels;
   ImageView spread_x = x, spread_grad = grad_out;
   spread_x.channel_stride *= channel_spread, spread_grad.channel_stride *= output_spread;
-  TileMemory<Sum<S>> memory(chunks, sample_outputs, channels, t.taps);
+  TileMemory<S> memory(chunks, sample_outputs, channels, t.taps);
+  memory.turn_images(s, chunks, spread_x, spread_grad, sample_outputs, channels, most_scratch);
   Scratch scratch(memory.bytes());
   memory.take_from(scratch.take<char>(memory.bytes()));
   compute_tile<S>(s, chunks, spread_x, spread_grad, {0, sample_outputs, 0, channels}, memory);
@@ -197,9 +198,9 @@ template <class S>
 void rank_absent(const Conv2dShape& s, const PatternView& blocked, const ImageView& grad_out, const ImageView& x,
                  const TopkQuery& q, const TilePlan& t, const ChunkPlan& chunks, BestKeys* best,
                  const Parallel& parallel) {
-  using A = Sum<S>;
   const int64_t threads = parallel.threads;
-  const TileMemory<A> sizes(chunks, t.outputs_at_once, t.channels_at_once, t.taps);
+  TileMemory<S> sizes(chunks, t.outputs_at_once, t.channels_at_once, t.taps);
+  sizes.turn_images(s, chunks, x, grad_out, t.outputs_at_once, t.channels_at_once, most_scratch / threads);
   const int64_t taken_size = q.by_kernel ? t.channels_at_once * sizes.step : 0;
   const int64_t marks_size = sizes.columns * marks_of(t.outputs_at_once);
   Scratch scratch(threads * (sizes.bytes() + Scratch::size<int32_t>(taken_size) + Scratch::size<float>(sizes.step) +
@@ -210,7 +211,7 @@ void rank_absent(const Conv2dShape& s, const PatternView& blocked, const ImageVi
   uint16_t* marks = scratch.take<uint16_t>(marks_size * threads);
   int64_t* non_finite = scratch.take<int64_t>(threads);
   parallel_for(parallel, threads, [&](int64_t thread) {
-    TileMemory<A> own = sizes;
+    TileMemory<S> own = sizes;
     own.take_from(memory + thread * sizes.bytes());
     float* own_scores = scores + thread * sizes.step;
     uint16_t* own_marks = marks + thread * marks_size;

@@ -22,6 +22,13 @@ struct Lanes {
   int64_t active;
   bool aligned;
   int64_t image[kMaxLanes], row[kMaxLanes], col[kMaxLanes];
+
+  // The end of the run of lanes at one place, of consecutive images, that starts at l.
+  int64_t run_end(int64_t l) const {
+    int64_t end = l + 1;
+    while (end < active && row[end] == row[l] && col[end] == col[l] && image[end] > image[end - 1]) ++end;
+    return end;
+  }
 };
 
 // The positions of an aligned window inside the image: source[k], in elements from the image's channel, goes to
@@ -220,6 +227,27 @@ void pack_across_channels(const PackTask<S>& t) {
   }
 }
 
+// Lanes at different places of batch-last images: those of one place are neighbours, a run of lanes.
+template <class S>
+void pack_runs_across_batch(const PackTask<S>& t) {
+  using V = Vec<Sum<S>>;
+  Positions p = t.positions;
+  for (int64_t l = 0, end; l < t.lanes.active; l = end) {
+    end = t.lanes.run_end(l);
+    const int n = static_cast<int>(end - l);
+    p.find(t.window, t.image, t.height, t.width, t.lanes.row[l], t.lanes.col[l]);
+    // The first run fills up the idle lanes.
+    const auto store = [&](V v, Sum<S>* to) { l == 0 ? v.store(to) : v.store_first(to + l, n); };
+    for (int64_t c = t.first; c < t.last; ++c) {
+      if (t.skips(c)) continue;
+      const S* from = t.lane(l) + c * t.image.channel_stride;
+      Sum<S>* to = t.to + (c - t.first) * t.pitch;
+      for (int64_t k = 0; k < p.zeros; ++k) store(V::zero(), to + p.zero[k]);
+      for (int64_t k = 0; k < p.count; ++k) store(load_first_widened(from + p.source[k], n), to + p.slot[k]);
+    }
+  }
+}
+
 // Lanes whose windows lie differently in their images, and strides that no register-wide load fits.
 template <class S>
 void pack_scalar(const PackTask<S>& t) {
@@ -244,7 +272,7 @@ void pack_scalar(const PackTask<S>& t) {
 
 template <class S>
 void pack(const PackTask<S>& t) {
-  if (!t.lanes.aligned) return pack_scalar(t);
+  if (!t.lanes.aligned) return t.image.batch_stride == 1 ? pack_runs_across_batch(t) : pack_scalar(t);
   switch (copy_order(t.image, t.lanes, t.width)) {
     case CopyOrder::kAcrossBatch:
       return pack_across_batch(t);
@@ -299,6 +327,22 @@ void unpack_across_batch(const UnpackTask<S>& t) {
     } else {
       for (int64_t k = 0; k < p.count; ++k)
         store_first<how>(V::load(from + p.slot[k]), to + p.source[k], static_cast<int>(t.lanes.active));
+    }
+  }
+}
+
+template <Store how, class S>
+void unpack_runs_across_batch(const UnpackTask<S>& t) {
+  Positions p = t.positions;
+  for (int64_t l = 0, end; l < t.lanes.active; l = end) {
+    end = t.lanes.run_end(l);
+    const int n = static_cast<int>(end - l);
+    p.find(t.window, t.image, t.height, t.width, t.lanes.row[l], t.lanes.col[l]);
+    for (int64_t c = 0; c < t.channels; ++c) {
+      const Sum<S>* from = t.from + c * t.pitch + l;
+      S* to = t.lane(l) + c * t.image.channel_stride;
+      for (int64_t k = 0; k < p.count; ++k)
+        store_first<how>(load_first_widened(from + p.slot[k], n), to + p.source[k], n);
     }
   }
 }
@@ -379,7 +423,9 @@ void unpack_aligned(const UnpackTask<S>& t) {
 
 template <class S>
 void unpack(const UnpackTask<S>& t) {
-  if (!t.lanes.aligned) return unpack_scalar(t);
+  if (!t.lanes.aligned && t.image.batch_stride != 1) return unpack_scalar(t);
+  if (!t.lanes.aligned && t.adds) return unpack_runs_across_batch<Store::kAdd>(t);
+  if (!t.lanes.aligned) return unpack_runs_across_batch<Store::kPlain>(t);
   if (t.adds) return unpack_aligned<Store::kAdd>(t);
   if (t.streams()) return unpack_aligned<Store::kStream>(t);
   unpack_aligned<Store::kPlain>(t);

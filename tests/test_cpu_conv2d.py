@@ -68,6 +68,8 @@ GEOMETRIES = {
     "full_lanes": Geometry(16, 6, 7, (8, 8)),
     "full_lanes_and_more": Geometry(19, 5, 4, (9, 5)),
     "odd_batch": Geometry(5, 4, 3, (11, 13)),
+    "regions_of_few_images": Geometry(6, 5, 4, (16, 9)),
+    "sums_beyond_cache": Geometry(16, 210, 140, (4, 32), density=0.01),
     "one_image": Geometry(1, 17, 19, (13, 17), density=0.2),
     "wide": Geometry(16, 2, 3, (5, 67)),
     "tall": Geometry(17, 2, 2, (70, 3)),

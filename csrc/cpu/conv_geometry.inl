@@ -124,7 +124,9 @@ inline TiledConv transposed_problem(const Conv2dShape& s, const ImageView& grad_
 // Sizes that a second-level cache of 1 to 2 MB and a first-level cache of 48 KB (32 KB: at a small loss) hold.
 constexpr int64_t kSumsBytes = 1 << 20;     // the sums of a region
 constexpr int64_t kPanelBytes = 512 << 10;  // a packed block of channels
-constexpr int64_t kBlockBytes = 37 << 10;   // of it, the windows of one tile
+// The same where the sums do not fit: each block reads and writes them beyond the second level, so blocks are few.
+constexpr int64_t kLargePanelBytes = 5 * kPanelBytes;
+constexpr int64_t kBlockBytes = 37 << 10;  // of it, the windows of one tile
 constexpr int64_t kMaxCols = 32;
 // Live weights of an output in a block, below which loading and storing its sums costs more than first-level hits gain.
 constexpr double kMinEntries = 14;
@@ -193,7 +195,8 @@ Tiling choose_tiling(const TiledConv& c, double density, int64_t threads) {
   int64_t channels = kBlockBytes / (tile_window * t.lanes * int64_t{sizeof(A)});
   if (double(channels) < wanted)
     channels = wanted < double(c.in_channels) ? static_cast<int64_t>(wanted) : c.in_channels;
-  channels = smaller(channels, kPanelBytes / (t.channel_pitch * int64_t{sizeof(A)}));
+  const int64_t panel = t.sums_size(c) * int64_t{sizeof(A)} <= kSumsBytes ? kPanelBytes : kLargePanelBytes;
+  channels = smaller(channels, panel / (t.channel_pitch * int64_t{sizeof(A)}));
   channels = larger(1, smaller(channels, c.in_channels));
   t.blocks = larger(1, ceil_div(c.in_channels, channels));
   t.block_channels = larger(1, ceil_div(c.in_channels, t.blocks));

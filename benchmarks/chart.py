@@ -42,7 +42,7 @@ def _panel(axes: Axes, results: Results, threads: int, layouts: tuple[str, ...])
     for goal in goals.SPARSE:
         kind = next(kind for kind in OPS if goal.title.startswith(kind))
         if goal.baselines == ("dense_mkl",) and layouts == goals.TORCH_LAYOUTS:  # linear knows no other layout
-            ours, baselines = goal.ours, ("dense_mkl", "dense_onednn")  # one line for linear, against the faster
+            ours, baselines = goal.ours, goal.baselines  # nn.Linear's
         elif goal.baselines == goals.TORCH_CONV:
             ours, baselines = layouts, goal.baselines
         else:

@@ -35,7 +35,7 @@ def render(results: Results) -> str:
         parts.append(f"## Speed-up over dense torch, {count} thread{'s' if count > 1 else ''}\n")
         parts.append("Measured / goal; **bold** where the goal is reached.\n")
         parts.append(table(["", *map(_sparsity, SPARSE_DENSITIES)], goal_rows(results, count)))
-    parts += ["## Against SparseProp\n", sparseprop_text(), table(["", "threads", *map(_sparsity, SPARSE_DENSITIES)],
+    parts += ["## Against SparseProp\n", sparseprop_text(), table(["", *map(_sparsity, SPARSE_DENSITIES)],
               sparseprop_rows(results))]  # fmt: skip
     parts += ["## Never slower than dense\n", never_slower_text(), table(["", "density", "threads", "worst ratio",
               "at"], never_slower_rows(results))]  # fmt: skip
@@ -79,26 +79,23 @@ def goal_rows(results: Results, threads: int) -> Iterable[list[str]]:
 
 def sparseprop_text() -> str:
     return (
-        "The time of the faster of SparseProp's two ways over ours, NCHW in and out; measured where its package is "
-        "installed.\n"
+        "The time of the faster of SparseProp's two ways over ours, NCHW in and out, one thread; measured where its "
+        "package is installed.\n"
     )
 
 
 def sparseprop_rows(results: Results) -> Iterable[list[str]]:
     ops = dict.fromkeys(m.op for m in results.measurements.values() if m.op.startswith("sparseprop"))
     for op in ops:
-        for threads in (1, 2):
-            ratios = [results.speedup(op, d, threads, ("ours_nchw",), SPARSEPROP) for d in SPARSE_DENSITIES]
-            if any(ratios):
-                goal = goals.SPARSEPROP[op.split()[-1]]
-                yield [op.removeprefix("sparseprop "), str(threads), *map(_against, ratios, goal)]
+        ratios = [results.speedup(op, d, 1, ("ours_nchw",), SPARSEPROP) for d in SPARSE_DENSITIES]
+        yield [op.removeprefix("sparseprop "), *map(_against, ratios, goals.SPARSEPROP[op.split()[-1]])]
 
 
 def never_slower_text() -> str:
     return (
         f"Goal: at least {goals.NEVER_SLOWER_THAN}. Here each layout of ours is compared with torch in the same "
         "layout, and linear with nn.Linear, which calls MKL, and with oneDNN's linear. The layer keeps its weight "
-        "dense, as it does by default; with all weights live it is plain torch. The worst shape and layout:\n"
+        "dense, as it does by default. The worst shape and layout:\n"
     )
 
 

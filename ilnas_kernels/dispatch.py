@@ -215,7 +215,8 @@ def explain(call, x: Tensor) -> Explanation:
         elif sparse_route(x.device, x.dtype) is None:
             why = f"{why_no_sparse_route(x.device, x.dtype)}; absent_topk computes the dense gradient in blocks"
         elif call.pattern.nnz == call.pattern.numel and route == "dense":
-            why = "all weights are live, so this is plain torch"
+            library = "by oneDNN, which is faster than MKL here" if call.outruns_torch(x) else "so this is plain torch"
+            why = f"all weights are live, {library}"
         else:
             side = "below" if density < crossover else "not below"
             why = f"the density is {side} the crossover ({crossovers.source})"

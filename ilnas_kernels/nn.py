@@ -106,7 +106,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias, pattern = self._stored_weight(), self._effective_bias(), self._pattern
-        if dispatch.is_plain(pattern, weight):
+        if dispatch.is_plain(pattern, weight) and not self.call().outruns_torch(input):
             return F.linear(input, weight, bias)
         check_operands("MaskedLinear", input, weight, pattern, bias)
         return ops.run_linear(input, weight, bias, self.call())

@@ -160,7 +160,7 @@ def run_linear(x: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall)
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, gradient_sum: GradientSum | None = None) -> Tensor:
     routes = dispatch.routes_for(call, x)
     plain = call.pattern.nnz == call.pattern.numel and weight.dim() != 1 and gradient_sum is None
-    if routes.forward == "dense" and plain and not dispatch.converts_layout(call, x):
+    if routes.forward == "dense" and plain and not (dispatch.converts_layout(call, x) or call.outruns_torch(x)):
         return call.forward_dense(x, weight, bias)
     return run_masked(x, weight, bias, call, routes, dispatch.isa_argument(), gradient_sum)
 

@@ -6,11 +6,12 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from comparison import assert_sum_close
 from torch import nn
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
-from ilnas_kernels import MaskedConv2d, MaskedLinear, Pattern, convert, masked_conv2d, masked_linear, use_route
+from ilnas_kernels import _C, MaskedConv2d, MaskedLinear, Pattern, convert, masked_conv2d, masked_linear, use_route
 from ilnas_kernels.nn import MaskedLayer
 
 
@@ -383,3 +384,38 @@ def test_channels_last_weights(x):
 def test_bad_arguments(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("density", (None, 0.6))
+@pytest.mark.parametrize("lead", ((64,), (4, 16)), ids=str)
+def test_large_dense_linear_by_the_faster_library(density, lead, monkeypatch):
+    """Where MKL is slower the dense route takes oneDNN's product, all-live layers included."""
+    monkeypatch.setattr(_C, "mkl_is_slower", True)
+    layer = MaskedLinear(512, 513, density=density)
+    x = torch.randn(*lead, 512, requires_grad=True)
+    assert layer.call().outruns_torch(x) == torch.backends.mkldnn.is_available()
+    out = layer(x)
+    grad_out = torch.randn_like(out)
+    found = torch.autograd.grad(out, (x, layer.weight, layer.bias), grad_out)
+    exact = [t.detach().double().requires_grad_() for t in (x, layer.weight, layer.bias)]
+    spec = F.linear(exact[0], exact[1] * layer.mask, exact[2])
+    wanted = torch.autograd.grad(spec, exact, grad_out.double())
+    sizes = [t.detach().abs().requires_grad_() for t in exact]
+    size = F.linear(sizes[0], sizes[1], sizes[2])
+    size_gradients = torch.autograd.grad(size, sizes, grad_out.double().abs())
+    assert_sum_close(out.detach(), spec.detach(), size.detach(), 513)
+    for got, want, magnitude, terms in zip(found, wanted, size_gradients, (513, 64, 64), strict=True):
+        assert_sum_close(got, want * layer.mask if want.shape == layer.mask.shape else want, magnitude, terms)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), out)
+
+
+def test_all_live_linear_knows_vmap_and_second_derivatives(monkeypatch):
+    monkeypatch.setattr(_C, "mkl_is_slower", True)
+    layer, x = MaskedLinear(512, 513), torch.randn(3, 64, 512)
+    torch.testing.assert_close(torch.vmap(layer)(x), layer(x))
+    x = x[0]
+    (first,) = torch.autograd.grad(layer(x).square().sum(), layer.weight, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), layer.weight)
+    wanted = 2 * (x * x.sum(1, keepdim=True)).sum(0).expand(513, 512)  # of 2 * sum over b of out[b, o] * x[b, i]
+    torch.testing.assert_close(second, wanted, rtol=1e-4, atol=1e-2)

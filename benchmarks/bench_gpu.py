@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ilnas_kernels._calls import AS_CONVOLUTION, ConvCall, LinearCall
+from ilnas_kernels._calls import ConvCall, LinearCall
+from ilnas_kernels._geometry import AS_CONVOLUTION
 from ilnas_kernels.pattern import Pattern
 
 CONVS = [(128, 256, 256, 16), (32, 512, 512, 8), (128, 128, 128, 16), (128, 64, 64, 32)]  # batch, in, out, side

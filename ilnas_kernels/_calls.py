@@ -10,16 +10,13 @@ from torch import Tensor
 
 from . import _C
 from ._condensed_forms import kept_form
+from ._geometry import AS_CONVOLUTION, conv_output_size
 from .layout import BATCH_LAST, CHANNELS_LAST, layout_of, to_layout
 from .pattern import Pattern
 
 _ilnas = torch.ops.ilnas
 _OUT_OF_MEMORY = "CUDA out of memory."  # so begins what csrc/torch/kernels_cuda.cpp throws
 Gradients = Sequence[Tensor | None]
-
-
-def conv_output_size(size: int, pad_before: int, pad_after: int, kernel: int, stride: int, dilation: int) -> int:
-    return (size + pad_before + pad_after - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def below_autograd() -> AbstractContextManager:
@@ -48,10 +45,6 @@ def operator(name: str, route: str) -> Callable:
     Its last arguments are the instruction set and the form kept for the CUDA kernels, or for Triton the pattern's plan.
     """
     return getattr(_ilnas, f"{name}_triton" if route == "triton" else name).default
-
-
-# The geometry of a linear layer: a 1x1 convolution over images of one pixel.
-AS_CONVOLUTION = ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
 
 
 class ConvCall:

@@ -6,7 +6,7 @@ Every gradient is written in terms of the operators themselves, so it can be dif
 import torch
 from torch import Tensor
 
-from ._calls import conv_output_size
+from ._geometry import conv_output_size
 from .layout import empty_in_layout, layout_of
 
 _ilnas = torch.ops.ilnas

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _C, _blocked_topk, _cuda_routes
-from .calibration import Crossovers, crossovers_for
+from ._crossovers import Crossovers, crossovers_for
 from .layout import is_strided_batch_last
 from .pattern import Pattern
 

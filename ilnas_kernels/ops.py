@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._calls import AS_CONVOLUTION, Call, ConvCall, LinearCall, run_operator
+from ._calls import Call, ConvCall, LinearCall, run_operator
 from ._checks import (
     FLOATS,
     as_pattern,
@@ -17,6 +17,7 @@ from ._checks import (
     check_same_shape,
     conv_call,
 )
+from ._geometry import AS_CONVOLUTION
 from ._masked import GradientSum, run_masked
 from .pattern import Pattern, rows_of
 

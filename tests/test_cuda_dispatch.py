@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ilnas_kernels import Pattern, _blocked_topk, _cuda_routes, calibrate, calibration, dispatch, use_route
+from ilnas_kernels import Pattern, _blocked_topk, _crossovers, _cuda_routes, calibrate, calibration, dispatch, use_route
 from ilnas_kernels._calls import ConvCall, LinearCall
 
 DEVICE = torch.device("cuda", 0)
@@ -22,7 +22,7 @@ def machine(monkeypatch, tmp_path):
     def forget():
         _cuda_routes.why_not.cache_clear()
         dispatch._why_not_triton.cache_clear()
-        calibration.forget()
+        _crossovers.forget()
 
     def make(capability, built=BUILT, triton=True):
         found = [name for name, there in (("ilnas_kernels._C_cuda", built == BUILT), ("triton", triton)) if there]
@@ -33,7 +33,7 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "A GPU")
-        monkeypatch.setattr(calibration, "cache_file", lambda: tmp_path / "crossovers.json")
+        monkeypatch.setattr(_crossovers, "cache_file", lambda: tmp_path / "crossovers.json")
         forget()
 
     yield make
@@ -159,14 +159,14 @@ def test_linear_layers_have_their_own_crossovers(machine):
 
 def test_calibrated_numbers_hold_for_one_device(machine):
     machine((7, 5))
-    calibration._write(DEVICE, {"cuda/conv": (0.4, 0.3, 0.0)})
-    assert calibration.crossovers_for(DEVICE, "conv", torch.float32, False) == (
+    _crossovers.write(DEVICE, {"cuda/conv": (0.4, 0.3, 0.0)})
+    assert _crossovers.crossovers_for(DEVICE, "conv", torch.float32, False) == (
         0.4, 0.3, 0.0, "calibrated on this machine"
     )  # fmt: skip
     assert routes(image(), 0.2)[0] == ["cuda", "cuda", "dense"]
-    assert calibration.crossovers_for(DEVICE, "conv", torch.float16, False).source == _cuda_routes.SOURCE
-    assert calibration.crossovers_for(torch.device("cpu"), "conv", torch.float32, False).source == "default table"
-    (key,) = json.loads(calibration.cache_file().read_text())
+    assert _crossovers.crossovers_for(DEVICE, "conv", torch.float16, False).source == _cuda_routes.SOURCE
+    assert _crossovers.crossovers_for(torch.device("cpu"), "conv", torch.float32, False).source == "default table"
+    (key,) = json.loads(_crossovers.cache_file().read_text())
     assert key.endswith("A GPU")
 
 
@@ -182,7 +182,7 @@ def test_calibrate_measures_a_gpu_at_its_densities(machine, monkeypatch):
     found = calibrate(device=DEVICE, dtypes=(torch.float16,), kinds=("conv",))
     assert found == {"cuda/conv/float16": (0.04, 0.015, 0.0)}
     assert {s[2:] for s in seen} == {(DEVICE, torch.float16, False)}
-    assert calibration.crossovers_for(DEVICE, "conv", torch.float16, False).forward == 0.04
+    assert _crossovers.crossovers_for(DEVICE, "conv", torch.float16, False).forward == 0.04
     machine((7, 0), triton=False)
     with pytest.raises(ValueError, match=r"calibrate: there are no sparse kernels.*need compute capability 7.5"):
         calibrate(device=DEVICE)

@@ -8,6 +8,7 @@ import torch
 from ilnas_kernels import (
     MaskedConv2d,
     MaskedLinear,
+    _crossovers,
     calibrate,
     calibration,
     current_instruction_set,
@@ -25,12 +26,12 @@ CPU = torch.device("cpu")
 def cache_file(tmp_path, monkeypatch):
     """An empty cache of crossovers."""
     path = tmp_path / "folder" / "crossovers.json"
-    monkeypatch.setattr(calibration, "cache_file", lambda: path)
+    monkeypatch.setattr(_crossovers, "cache_file", lambda: path)
     small = {"conv": ((2, 8, 8, 8),), "conv1x1": ((2, 8, 8, 8),), "linear": ((8, 32, 32),)}
     monkeypatch.setattr(calibration, "_SHAPES", small)
-    calibration.forget()
+    _crossovers.forget()
     yield path
-    calibration.forget()
+    _crossovers.forget()
 
 
 def routes(layer, shape):
@@ -66,7 +67,7 @@ def test_each_operation_takes_its_own_route(operation, cache_file):
     crossovers = [0.0] * 3
     crossovers[operation] = 1.0
     cache_file.parent.mkdir()
-    cache_file.write_text(json.dumps({calibration.machine_key(CPU): {"cpu/conv": crossovers}}))
+    cache_file.write_text(json.dumps({_crossovers.machine_key(CPU): {"cpu/conv": crossovers}}))
     layer = MaskedConv2d(4, 6, 3, padding=1, density=0.4).double()
     x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
     expected = ["sparse" if i == operation else "dense" for i in range(3)]
@@ -88,20 +89,20 @@ def test_calibration_is_kept_and_read(cache_file):
     found = calibrate(kinds=("linear",), seconds=0.02)
     assert list(found) == ["cpu/linear"]
     assert all(0.0 <= crossover <= 0.8 for crossover in found["cpu/linear"])
-    assert json.loads(cache_file.read_text())[calibration.machine_key(CPU)] == {"cpu/linear": list(found["cpu/linear"])}
-    crossovers = calibration.crossovers_for(CPU, "linear", torch.float32, False)
+    assert json.loads(cache_file.read_text())[_crossovers.machine_key(CPU)] == {"cpu/linear": list(found["cpu/linear"])}
+    crossovers = _crossovers.crossovers_for(CPU, "linear", torch.float32, False)
     assert crossovers == (*found["cpu/linear"], "calibrated on this machine")
-    assert calibration.crossovers_for(CPU, "conv", torch.float32, False).source == "default table"
+    assert _crossovers.crossovers_for(CPU, "conv", torch.float32, False).source == "default table"
     more = calibrate(kinds=("conv1x1",), dtypes=(torch.float64,), seconds=0.02)
     assert list(more) == ["cpu/conv1x1/float64", "cpu/conv1x1/batch-last/float64"]
-    assert set(json.loads(cache_file.read_text())[calibration.machine_key(CPU)]) == {"cpu/linear", *more}
+    assert set(json.loads(cache_file.read_text())[_crossovers.machine_key(CPU)]) == {"cpu/linear", *more}
 
 
 @pytest.mark.parametrize("content", ("", "[1, 2]", '{"torch', '{"other machine": {"cpu/linear": [9, 9, 9]}}'))
 def test_a_file_that_is_not_ours_is_as_none(cache_file, content):
     cache_file.parent.mkdir()
     cache_file.write_text(content)
-    assert calibration.crossovers_for(CPU, "linear", torch.float32, False).source == "default table"
+    assert _crossovers.crossovers_for(CPU, "linear", torch.float32, False).source == "default table"
 
 
 def test_measuring_without_keeping(cache_file):
@@ -156,7 +157,7 @@ def test_backward_keeps_the_instruction_set_of_its_forward():
 
 def test_batch_last_has_its_own_crossovers():
     layer, x = MaskedConv2d(8, 8, 3, density=0.7), torch.randn(2, 8, 9, 9)
-    keys = [calibration.table_key("cpu", "conv", torch.float32, last) for last in (False, True)]
+    keys = [_crossovers.table_key("cpu", "conv", torch.float32, last) for last in (False, True)]
     assert keys == ["cpu/conv", "cpu/conv/batch-last"]
     assert dispatch.converts_layout(layer.call(), to_batch_last(x))
     assert not dispatch.converts_layout(layer.call(), x)

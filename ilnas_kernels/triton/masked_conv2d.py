@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from .._calls import conv_output_size
+from .._geometry import conv_output_size
 from ..layout import empty_in_layout, layout_of
 from ..pattern import Pattern
 from .condensed import CondensedPlan, build_plan, condensed_size, expand, expand_numbers

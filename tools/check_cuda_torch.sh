@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds, links and imports the real CUDA extension against a CUDA torch, on a machine that needs no GPU: about 5 GB of
-# packages in a throw-away environment, and half an hour on 2 cores. tools/check_cuda_torch.sh [torch version]
+# packages in a throw-away environment, and ten minutes on 2 cores. tools/check_cuda_torch.sh [torch version]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 torch=${1:-2.14.1}

@@ -18,13 +18,8 @@ class _MallInfo2(ctypes.Structure):
 
 @cache
 def _glibc() -> ctypes.CDLL | None:
-    if sys.platform != "linux":
-        return None
-    library = ctypes.CDLL(None)
-    if not all(hasattr(library, name) for name in ("mallopt", "malloc_trim", "mallinfo2")):
-        return None
-    library.mallinfo2.restype = _MallInfo2
-    return library
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "mallopt") else None
 
 
 def reuse_memory() -> None:
@@ -40,8 +35,10 @@ def release_memory() -> None:
     To be called where the sizes of activations change, around evaluations and after expansions: glibc fits few of the
     new ones into the gaps that the old ones left, and its heap would grow every time.
     """
-    if (glibc := _glibc()) is None:
+    glibc = _glibc()
+    if not hasattr(glibc, "mallinfo2"):  # glibc has it since 2.33
         return
+    glibc.mallinfo2.restype = _MallInfo2
     info = glibc.mallinfo2()
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if resident - info.uordblks - info.hblkhd > MOST_IDLE:

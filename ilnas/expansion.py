@@ -170,8 +170,7 @@ def smallest_weights(model: nn.Module, count: int, *, by_layer: bool = False) ->
     if by_layer:
         share = count / max(sum(nnz), 1)
         return {
-            name: layer.pattern.index[magnitudes(layer).argsort(stable=True)[: int(share * layer.nnz)]]
-            for name, layer in layers
+            name: layer.pattern.index[smallest(magnitudes(layer), int(share * layer.nnz))] for name, layer in layers
         }
     order = smallest(torch.cat([magnitudes(layer) for _, layer in layers]), count)
     chosen, start = {}, 0

@@ -423,9 +423,10 @@ void unpack_aligned(const UnpackTask<S>& t) {
 
 template <class S>
 void unpack(const UnpackTask<S>& t) {
-  if (!t.lanes.aligned && t.image.batch_stride != 1) return unpack_scalar(t);
-  if (!t.lanes.aligned && t.adds) return unpack_runs_across_batch<Store::kAdd>(t);
-  if (!t.lanes.aligned) return unpack_runs_across_batch<Store::kPlain>(t);
+  if (!t.lanes.aligned) {
+    if (t.image.batch_stride != 1) return unpack_scalar(t);
+    return t.adds ? unpack_runs_across_batch<Store::kAdd>(t) : unpack_runs_across_batch<Store::kPlain>(t);
+  }
   if (t.adds) return unpack_aligned<Store::kAdd>(t);
   if (t.streams()) return unpack_aligned<Store::kStream>(t);
   unpack_aligned<Store::kPlain>(t);
